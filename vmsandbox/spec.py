@@ -1,0 +1,56 @@
+"""Plain values that the layers hand to each other. No behaviour, no input or output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Accelerator(StrEnum):
+    """What runs the guest's instructions."""
+
+    KVM = "kvm"
+    TCG = "tcg"  # pure emulation: not a security boundary by QEMU's own security policy
+
+
+class Grade(StrEnum):
+    """How well a session is isolated, worked out from the live guest (DESIGN: isolation grade)."""
+
+    ISOLATED = "isolated"
+    SEPARATED = "separated"
+    EMULATED = "emulated"
+
+
+class NetworkMode(StrEnum):
+    """What a guest may reach. Only `none` exists so far."""
+
+    NONE = "none"
+    PROXY = "proxy"
+    FILTERED = "filtered"
+
+
+class Accept(StrEnum):
+    """What may come back to the project without a person. Only `none` exists so far."""
+
+    NONE = "none"
+    SAFE = "safe"
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class GuestShape:
+    """The virtual machine's size. A fork's must equal its template's (QEMU migration demands it).
+
+    memory_mib: RAM in MiB. vcpus: virtual processors. ssh_ports: how many SSH connections at once.
+    """
+
+    accelerator: Accelerator
+    vcpus: int = 2
+    memory_mib: int = 512
+    ssh_ports: int = 6
+    machine: str = "q35"
+
+
+WORKER = "claude-worker"
+WORKER_HOME = f"/home/{WORKER}"
+PROJECTS = f"{WORKER_HOME}/projects"
