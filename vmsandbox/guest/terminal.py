@@ -1,0 +1,79 @@
+"""An interactive terminal in the guest: raw mode, size changes, and the host's terminal as it was afterwards.
+
+This is the one place where the guest's bytes reach the terminal as they are; every other output is filtered
+(`vmsandbox.review.terminal`). SECURITY.md tells what a hostile guest can do to a terminal in the meantime.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import sys
+import termios
+import tty
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from vmsandbox.errors import GuestError
+
+# Leave bracketed paste, mouse reports, the alternate screen and hidden cursor; normal attributes. A program that
+# was cut off, or a hostile one, may have left them on.
+_RESTORE = b"\x1b[?2004l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?1049l\x1b[?25h\x1b[0m"
+_PIECE = 64 * 1024
+
+
+def terminal_size() -> tuple[str, int, int]:
+    """(TERM, columns, rows) of this process's terminal."""
+    size = shutil.get_terminal_size()
+    return os.environ.get("TERM", "xterm-256color"), size.columns, size.lines
+
+
+def run_terminal(channel: Any) -> int:
+    """Join the process's terminal with a channel that has a pseudo-terminal; returns the exit status.
+
+    Ctrl-C and every other key go to the guest. Raises GuestError if the connection broke.
+    """
+    stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
+    before = termios.tcgetattr(stdin)
+
+    def resized(_signal: int, _frame: FrameType | None) -> None:
+        _term, columns, rows = terminal_size()
+        with suppress(OSError, EOFError):
+            channel.resize_pty(columns, rows)
+
+    old_handler = signal.signal(signal.SIGWINCH, resized)
+    try:
+        tty.setraw(stdin)
+        _pump(channel, stdin, stdout)
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGWINCH, old_handler)
+        with suppress(OSError):
+            os.write(stdout, _RESTORE)
+    if not channel.exit_status_ready():
+        raise GuestError("the connection to the guest broke", resolution="`vmsandbox ls` shows whether it runs")
+    status: int = channel.recv_exit_status()
+    return status
+
+
+def _pump(channel: Any, stdin: int, stdout: int) -> None:
+    sources: list[Any] = [channel, stdin]
+    while True:
+        ready, _, _ = select.select(sources, [], [], 0.5)
+        if channel in ready or channel.closed:
+            data = channel.recv(_PIECE)
+            if not data:
+                return
+            view = memoryview(data)
+            while view:
+                view = view[os.write(stdout, view) :]
+        if stdin in ready:
+            typed = os.read(stdin, _PIECE)
+            if typed:
+                channel.sendall(typed)
+            else:
+                sources.remove(stdin)  # the terminal was closed
+                channel.shutdown_write()
