@@ -1,0 +1,127 @@
+"""Room on disk and in memory, and what the kernel offers.
+
+Without these checks a full disk or a kernel without user namespaces would end an image build after minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+from vmsandbox.session.checks import CheckResult, Examined, Status, install_line
+
+GIB = 1 << 30
+ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
+ENOUGH_MEMORY, LEAST_MEMORY = GIB, GIB // 2  # one guest of the default shape needs half a GiB
+
+# What the filtered network card needs: a name, and where the kernel shows it (devices, then modules).
+_CARD_FEATURES = {
+    "tun": ("/dev/net/tun", "/sys/module/tun"),
+    "bridge": ("/sys/module/bridge",),
+    "nf_tables": ("/sys/module/nf_tables",),
+}
+
+
+def check_resources(host: Examined) -> list[CheckResult]:
+    """Disk, memory, unprivileged image builds, the filtered network card."""
+    checks = [_disk(host), _memory(host)]
+    if not host.is_root:
+        checks.append(_user_namespaces(host))
+    checks.append(_filtered_card(host))
+    return checks
+
+
+def _disk(host: Examined) -> CheckResult:
+    """The least room of the file systems that hold images, templates and sessions."""
+    rooms = []
+    for folder in (host.layout.images, host.layout.templates, host.layout.live):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        usage = os.statvfs(place)
+        rooms.append((usage.f_bavail * usage.f_frsize, place))
+    free, place = min(rooms)
+    found = f"{free / GIB:.1f} GiB free at {place}"
+    status = Status.OK if free >= ENOUGH_DISK else Status.WARN if free >= LEAST_DISK else Status.FAIL
+    remedy = (
+        ""
+        if status is Status.OK
+        else "make room (6 GiB), `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
+    )
+    return CheckResult("disk", "disk space", status, found, remedy)
+
+
+def _memory(host: Examined) -> CheckResult:
+    for line in (host.read("/proc/meminfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            free = int(value.split()[0]) * 1024
+            break
+    else:
+        return CheckResult("memory", "memory", Status.WARN, "/proc/meminfo does not say", "")
+    status = Status.OK if free >= ENOUGH_MEMORY else Status.WARN if free >= LEAST_MEMORY else Status.FAIL
+    remedy = "" if status is Status.OK else "end something: a guest needs 512 MiB, and the host its own"
+    return CheckResult("memory", "memory", status, f"{free / GIB:.1f} GiB available", remedy)
+
+
+def _user_namespaces(host: Examined) -> CheckResult:
+    """What `mmdebstrap --mode=unshare` needs: subordinate ids, newuidmap, user namespaces for everyone."""
+    obstacles, packages, lines = [], [], []
+    name = _user_name(host.uid)
+    for file in ("/etc/subuid", "/etc/subgid"):
+        owners = {line.split(":")[0] for line in (host.read(file) or "").splitlines()}
+        if not owners & {name, str(host.uid)}:
+            obstacles.append(f"{file} has no line for {name}")
+            option = "--add-subuids" if file.endswith("uid") else "--add-subgids"
+            lines.append(f"sudo usermod {option} 100000-165535 {name}")
+    if host.programs.find("newuidmap") is None:
+        obstacles.append("newuidmap is not installed")
+        packages.append("uidmap")
+        lines.append(install_line(("uidmap",)))
+    for sysctl, bad, good in (
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("user/max_user_namespaces", "0", "15000"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),  # Ubuntu 23.10 and newer
+    ):
+        if host.read(f"/proc/sys/{sysctl}") == bad:
+            obstacles.append(f"{sysctl.replace('/', '.')} is {bad}")
+            lines.append(f"sudo sysctl -w {sysctl.replace('/', '.')}={good}")
+    title = "image builds without root"
+    if not obstacles:
+        return CheckResult("user-namespaces", title, Status.OK, "subordinate ids and user namespaces")
+    found = "; ".join(obstacles)
+    return CheckResult("user-namespaces", title, Status.WARN, found, "\n".join(lines), tuple(packages))
+
+
+def _filtered_card(host: Examined) -> CheckResult:
+    """Only `--net filtered` needs this, so it never fails."""
+    missing = [name for name, places in _CARD_FEATURES.items() if not _has_feature(host, name, places)]
+    packages = tuple(
+        package
+        for program, package in (("nft", "nftables"), ("ebtables", "ebtables"))
+        if host.programs.find(program) is None
+    )
+    title = "filtered network card"
+    if not missing and not packages:
+        return CheckResult("filtered-card", title, Status.OK, "tun, bridge, nf_tables, nft, ebtables")
+    found = "not found: " + ", ".join([*(f"kernel feature {name}" for name in missing), *packages])
+    lines = [f"sudo modprobe {name}" for name in missing] + ([install_line(packages)] if packages else [])
+    return CheckResult("filtered-card", title, Status.WARN, found, "\n".join(lines), packages)
+
+
+def _has_feature(host: Examined, name: str, places: tuple[str, ...]) -> bool:
+    """Active now, built in, or a module that the kernel loads when it is first used."""
+    if any(host.path(place).exists() for place in places):
+        return True
+    if name == "nf_tables" and host.is_root and host.programs.find("nft"):
+        # Built into the kernel it shows nowhere in /sys, but it answers.
+        return host.programs.run(["nft", "list", "tables"], timeout=10, check=False).status == 0
+    modules = Path("/lib/modules", host.kernel)
+    listed = (host.read(modules / "modules.builtin") or "") + (host.read(modules / "modules.dep") or "")
+    return f"/{name}.ko" in listed
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,243 @@
+"""A session's folders on the host, and who may use which port.
+
+`live/<name>/` is made before anything else of a session and removed after everything else: its existence is the
+claim on the name and the record from which `gc` cleans up after a crash. `records/<id>/` stays.
+
+    live/<name>/session.json    what the session is made of (written before its domain exists)
+    live/<name>/id_ed25519      the session's private SSH key (0600)
+    live/<name>/known_hosts     the host key that the guest was given
+    live/<name>/memory.json     the inode of the sealed memory it maps, if it does
+    live/<name>/qemu.pid        its QEMU process
+    live/<name>/port.N          locked by the process that uses SSH port N
+    live/<name>/vm/             QEMU's own files: disk overlay, memory copy
+    run/<name>/                 sockets
+    records/<id>/events.jsonl   the journal
+    records/<id>/pushed.jsonl   manifest of what was copied in
+    records/<id>/withheld.json  what stayed on the host, and why
+    records/<id>/changes.json   the last comparison
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.journal.chain import Journal
+from vmsandbox.paths import Layout, checked_session_name
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What is written down of a session before it exists.
+
+    owner_pid, owner_started   the process that must end it (0: kept; it lives until `stop`), and that process's
+                               start time in clock ticks since boot, because process ids are used again
+    guest_folder               where the project lies in the guest
+    """
+
+    id: str
+    name: str
+    uuid: str
+    domain: str
+    created: str
+    owner_pid: int
+    owner_started: int
+    image: str
+    image_digest: str
+    template: str
+    ssh_ports: int
+    memory_mib: int
+    vcpus: int
+    project: str | None = None
+    guest_folder: str | None = None
+    grade: str | None = None
+    ready: bool = False
+
+    @property
+    def owner_is_alive(self) -> bool:
+        """Whether the owning process still runs (a kept session has none)."""
+        return self.owner_pid > 0 and process_started(self.owner_pid) == self.owner_started
+
+
+@dataclass(frozen=True)
+class SessionKeys:
+    """The host key that the guest was given (public), and the only user key it accepts (private)."""
+
+    host_key: str
+    user_key: str
+
+
+class SessionFolder:
+    """The live folder of one session."""
+
+    def __init__(self, layout: Layout, name: str) -> None:
+        self.layout = layout
+        self.name = checked_session_name(name)
+        self.path = layout.live / name
+        self.run = layout.run / name
+
+    @property
+    def vm(self) -> Path:
+        """Files that QEMU opens."""
+        return self.path / "vm"
+
+    def claim(self, info: SessionInfo) -> None:
+        """Take the name. Raises UserInputError if it is taken, HostError if the disk is full or read-only."""
+        staged = self.layout.live / f".{self.name}.{secrets.token_hex(4)}"
+        try:
+            for parent in (self.layout.live, self.layout.run):
+                parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            staged.mkdir(mode=0o711)
+            _write(staged / "session.json", asdict(info))
+            # A rename to a folder that exists and is not empty fails: one of two claims wins.
+            staged.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            if self.path.exists():
+                raise UserInputError(
+                    f"a session named {self.name!r} exists already",
+                    resolution=f"use another --name, or end it with `vmsandbox stop {self.name}`",
+                ) from None
+            raise HostError(
+                "the session's folder cannot be made",
+                details=str(error),
+                resolution="`vmsandbox gc` gives space back; `vmsandbox doctor` shows what there is",
+            ) from error
+
+    def info(self) -> SessionInfo:
+        """What was written down. Raises UserInputError if there is no such session."""
+        try:
+            return SessionInfo(**json.loads((self.path / "session.json").read_text()))
+        except FileNotFoundError:
+            raise UserInputError(
+                f"there is no session named {self.name!r}", resolution="`vmsandbox ls` shows those that run"
+            ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise HostError(
+                f"the record of session {self.name!r} cannot be read",
+                details=f"{self.path / 'session.json'}: {error}",
+                resolution=f"if it is damaged, `vmsandbox stop {self.name}` removes the session",
+            ) from error
+
+    def update(self, info: SessionInfo) -> None:
+        """Write the record anew, in one step."""
+        _write(self.path / "session.json", asdict(info))
+
+    @property
+    def identity_file(self) -> Path:
+        """The session's private key, as OpenSSH's clients take it."""
+        return self.path / "id_ed25519"
+
+    @property
+    def known_hosts_file(self) -> Path:
+        """The pinned host key, as OpenSSH's clients take it."""
+        return self.path / "known_hosts"
+
+    @property
+    def ssh_host(self) -> str:
+        """The name by which OpenSSH's clients know the guest."""
+        return f"vmsandbox-{self.name}"
+
+    def save_keys(self, keys: SessionKeys) -> None:
+        """Keep the keys for later commands."""
+        _write_text(self.known_hosts_file, f"{self.ssh_host} {keys.host_key}\n")
+        _write_text(self.identity_file, keys.user_key)
+
+    def keys(self) -> SessionKeys:
+        """The keys. Raises GuestError while the session is still starting."""
+        try:
+            host_key = self.known_hosts_file.read_text().split(" ", 1)[1].strip()
+            return SessionKeys(host_key, self.identity_file.read_text())
+        except (OSError, IndexError):
+            raise GuestError(
+                f"session {self.name!r} is still starting, or failed to",
+                resolution=f"`vmsandbox logs {self.name}` shows how far it came",
+            ) from None
+
+    def record_folder(self, session_id: str) -> Path:
+        """Where what outlives the session is kept."""
+        return self.layout.records / session_id
+
+    def journal(self, session_id: str) -> Journal:
+        """The session's journal (its folder is made)."""
+        folder = self.record_folder(session_id)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HostError("the session's record folder cannot be made", details=str(error)) from error
+        return Journal(folder / "events.jsonl")
+
+    @contextmanager
+    def ssh_port(self, count: int) -> Iterator[int]:
+        """Use a free SSH port: its number. Each port carries one connection at a time.
+
+        Raises:
+            GuestError: all are in use.
+        """
+        for number in range(count):
+            fd = os.open(self.path / f"port.{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                continue
+            try:
+                yield number
+            finally:
+                os.close(fd)
+            return
+        raise GuestError(
+            f"all {count} SSH ports of session {self.name!r} are in use",
+            resolution="end one of its shells, commands or proxies, or start it with more --ssh-ports",
+        )
+
+    def ssh_socket(self, port: int) -> Path:
+        """The host's end of SSH port number `port`."""
+        return self.run / f"ssh.{port}"
+
+
+def live_sessions(layout: Layout) -> list[SessionFolder]:
+    """Every session that has a folder, by name."""
+    if not layout.live.is_dir():
+        return []
+    return [SessionFolder(layout, path.name) for path in sorted(layout.live.iterdir()) if path.name[0] != "."]
+
+
+def new_session_id(name: str) -> str:
+    """An identifier that sorts by time: "20260102-150405-name-1a2b3c"."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{secrets.token_hex(3)}"
+
+
+def process_started(pid: int) -> int | None:
+    """A process's start time in clock ticks since boot (field 22 of /proc/PID/stat), None if it is gone."""
+    with suppress(OSError, ValueError, IndexError):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
+    return None
+
+
+def _write(path: Path, value: dict[str, object]) -> None:
+    _write_text(path, json.dumps(value, indent=1, sort_keys=True))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file of ours in one step: a reader sees the old or the new one, and nobody else sees either."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+        fresh.rename(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise

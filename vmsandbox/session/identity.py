@@ -1,0 +1,48 @@
+"""Gives a fork its own identity before anything else of it is used.
+
+Everything is made on the host: SSH host key and user key, machine id, boot id, hostname, clock, and a seed for the
+kernel's random pool. The guest only stores it; a guest that lies harms nobody but itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import time
+import uuid as uuids
+
+from vmsandbox.errors import GuestError
+from vmsandbox.guest.control import ControlPort
+from vmsandbox.session.folder import SessionKeys
+
+SEED_BYTES = 64  # twice what the kernel's generator holds
+
+
+def give_identity(control: ControlPort, hostname: str, deadline: float) -> tuple[SessionKeys, str]:
+    """Personalise a fork; returns its keys and its machine id. Closes the control port's connection.
+
+    Raises:
+        GuestError: the guest did not answer in `deadline` seconds, or could not do it.
+    """
+    from vmsandbox.guest.ssh import new_key_pair
+
+    host_key, user_key = new_key_pair(), new_key_pair()
+    machine_id = secrets.token_hex(16)
+    try:
+        untrusted = control.request(
+            "identity",
+            deadline=deadline,
+            seed=base64.b64encode(os.urandom(SEED_BYTES)).decode(),
+            clock_ns=time.time_ns(),
+            hostname=hostname,
+            machine_id=machine_id,
+            boot_id=str(uuids.uuid4()),
+            host_key=host_key.private,
+            user_key=user_key.public,
+        )
+    finally:
+        control.close()
+    if untrusted.get("machine_id") != machine_id:
+        raise GuestError("the guest did not take its identity", details=repr(untrusted)[:500])
+    return SessionKeys(host_key.public, user_key.private), machine_id

@@ -1,0 +1,165 @@
+"""From what a person asked for to everything a fork needs: accelerator, image, template.
+
+Each of these is made on first use, with progress: an image that was never built, a template for a new shape.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmsandbox.errors import HostError, ImageError, RefusedError, UserInputError
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.kvm import KvmProof, prove_kvm
+from vmsandbox.hypervisor.launch import Machine
+from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, TemplateStore, obtain_template
+from vmsandbox.image.cpio import CpioEntry, cpio_archive
+from vmsandbox.image.manifest import Image
+from vmsandbox.image.store import ImageStore
+from vmsandbox.monitor import Monitor
+from vmsandbox.paths import Layout, resource_folder
+from vmsandbox.policy.values import Policy
+from vmsandbox.process import Programs
+from vmsandbox.render.seed import render_seed
+from vmsandbox.spec import Accelerator, Accept, GuestShape, NetworkMode
+
+ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """What a person asked for.
+
+    project: folder on the host to copy in (None: an empty guest). name: None lets one be made up.
+    """
+
+    project: Path | None = None
+    name: str | None = None
+    policy: Policy = Policy()
+    image: str = "base"
+    network: NetworkMode = NetworkMode.NONE
+    accept: Accept = Accept.NONE
+    allow_emulation: bool = False
+    keep: bool = False
+    memory_mib: int = 512
+    vcpus: int = 2
+    ssh_ports: int = 6
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is made. Raises UserInputError."""
+        if self.network is not NetworkMode.NONE:
+            raise UserInputError(
+                f"--net {self.network} is not available in this version",
+                resolution="use --net none: the guest has no network card",
+            )
+        if self.accept is not Accept.NONE:
+            raise UserInputError(
+                f"--accept {self.accept} is not available in this version: nothing is brought back yet",
+                resolution="use --accept none; `vmsandbox changes NAME` shows what changed, and "
+                "`vmsandbox ssh-config NAME` lets scp fetch a file that you chose",
+            )
+        for what, value, least, most in (
+            ("--memory", self.memory_mib, 256, 1 << 20),
+            ("--vcpus", self.vcpus, 1, 64),
+            ("--ssh-ports", self.ssh_ports, 1, 28),
+        ):
+            if not least <= value <= most:
+                raise UserInputError(f"{what} must be between {least} and {most}, not {value}")
+        if self.project is not None and not self.project.is_dir():
+            raise UserInputError(
+                f"not a folder: {self.project}", resolution="name the folder of the project to copy in"
+            )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a fork is made of."""
+
+    kvm: KvmProof
+    shape: GuestShape
+    image: ImageFiles
+    machine: Machine
+    template: Template
+
+
+def prepare(
+    request: SessionRequest, layout: Layout, host: Host, programs: Programs, monitor: Monitor
+) -> Prepared:
+    """Find or make the image and the template that a session needs.
+
+    Raises:
+        RefusedError: KVM does not work here and emulation was not allowed.
+        ImageError, GuestError, HostError: see `build_image` and `obtain_template`.
+    """
+    kvm = prove_kvm(layout, programs)
+    accelerator = choose_accelerator(kvm, request.allow_emulation)
+    if accelerator is Accelerator.TCG:
+        monitor.warning("no KVM here: this guest is emulated, which is NOT a security boundary (grade: emulated)")
+    shape = GuestShape(accelerator, request.vcpus, request.memory_mib, request.ssh_ports)
+    store = ImageStore(layout)
+    image = find_or_build(request.image, layout, store, programs, monitor)
+    store.verify(image)
+    files = ImageFiles(image.name, image.digest, image.root, image.kernel, image.initrd)
+    machine = Machine.of(host, shape)
+    template = find_template(host, files, shape, machine, layout, programs, monitor)
+    return Prepared(kvm, shape, files, machine, template)
+
+
+def choose_accelerator(kvm: KvmProof, allow_emulation: bool) -> Accelerator:
+    """KVM where it is proven; emulation only where a person allowed it. Raises RefusedError."""
+    if kvm.works:
+        return Accelerator.KVM
+    if allow_emulation or os.environ.get(ALLOW_EMULATION) == "1":
+        return Accelerator.TCG
+    raise RefusedError(
+        "KVM does not run guests on this host, and pure emulation is not a security boundary",
+        details=kvm.reason,
+        resolution=f"`vmsandbox doctor` shows how to mend KVM; to go on anyway: --allow-emulation or {ALLOW_EMULATION}=1",
+    )
+
+
+def find_or_build(
+    name: str, layout: Layout, store: ImageStore, programs: Programs, monitor: Monitor
+) -> Image:
+    """The newest image of this name, built now if there is none but a recipe."""
+    try:
+        return store.find(name)
+    except ImageError as error:
+        if (layout.images / name).is_dir() and list(store.versions(name)):
+            raise
+        from vmsandbox.image.build import build_image
+        from vmsandbox.image.recipe import load_recipe
+
+        try:
+            recipe = load_recipe(name, layout)
+        except UserInputError as no_recipe:
+            raise no_recipe from error
+        monitor.notice(f"there is no image {name!r} yet: building it, once")
+        return build_image(recipe, layout, programs, monitor)
+
+
+def find_template(
+    host: Host,
+    image: ImageFiles,
+    shape: GuestShape,
+    machine: Machine,
+    layout: Layout,
+    programs: Programs,
+    monitor: Monitor,
+) -> Template:
+    """The template for these inputs, made now if there is none."""
+    cloudinit = resource_folder("cloudinit")
+    plan = TemplatePlan(image, shape, machine, cloudinit, lambda: _seed_archive(cloudinit, shape))
+    return obtain_template(host, plan, TemplateStore(layout), programs, monitor)
+
+
+def _seed_archive(cloudinit: Path, shape: GuestShape) -> bytes:
+    """The seed as a cpio archive for the initramfs: no seed disk, so a fork has no device more than it needs."""
+    try:
+        seed = render_seed(cloudinit, shape)
+    except OSError as error:
+        raise HostError(f"the cloud-init files in {cloudinit} cannot be read", details=str(error)) from error
+    entries = [CpioEntry.folder("seed", 0o700)]
+    entries += [CpioEntry.file(f"seed/{name}", content, 0o600) for name, content in seed.items()]
+    return cpio_archive(entries)

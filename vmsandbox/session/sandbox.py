@@ -1,0 +1,322 @@
+"""One session from its claim to its end: the Python interface, and what every command of the terminal uses.
+
+    with Sandbox.open(project=".") as sb:
+        status = sb.run(["pytest"])
+
+Order is safety here. A resource is written down (the session's folder) before it is made; whatever fails, `close`
+runs every step of the teardown; and nothing of the guest is used before its identity is the session's own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid as uuids
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from vmsandbox import __version__
+from vmsandbox.errors import VmsandboxError
+from vmsandbox.guest.control import connect_unix
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.fork import DOMAIN_PREFIX, ForkRequest, start_fork
+from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid_file
+from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
+from vmsandbox.journal import events
+from vmsandbox.journal.chain import Journal
+from vmsandbox.monitor import Monitor
+from vmsandbox.paths import Layout
+from vmsandbox.policy.values import Policy
+from vmsandbox.process import Programs
+from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.folder import (
+    SessionFolder,
+    SessionInfo,
+    SessionKeys,
+    new_session_id,
+    process_started,
+)
+from vmsandbox.session.identity import give_identity
+from vmsandbox.session.plan import Prepared, SessionRequest, prepare
+from vmsandbox.session.teardown import tear_down
+from vmsandbox.spec import WORKER
+
+if TYPE_CHECKING:
+    from vmsandbox.guest.ssh import GuestShell
+    from vmsandbox.review.changes import Changes
+
+LOGIN_DEADLINE = 30  # seconds
+IDENTITY_DEADLINE = 30
+
+
+class Sandbox:
+    """A running session. Make one with `open`, reach one that runs with `attach`."""
+
+    def __init__(self, layout: Layout, folder: SessionFolder, info: SessionInfo, monitor: Monitor) -> None:
+        self.layout = layout
+        self.folder = folder
+        self.info = info
+        self.monitor = monitor
+        self.isolation: Isolation | None = None
+        self._journal: Journal | None = None
+        self._shell: GuestShell | None = None
+        self._port = ExitStack()
+
+    # -- beginning and end ---------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        project: str | Path | None = None,
+        *,
+        policy: Policy | None = None,
+        request: SessionRequest | None = None,
+        layout: Layout | None = None,
+        programs: Programs | None = None,
+        monitor: Monitor | None = None,
+    ) -> Sandbox:
+        """Start a guest, and copy the project into it.
+
+        Args:
+            project: folder on the host; None starts an empty guest.
+            policy: what may be copied in (default: everything but ignored files and secrets).
+            request: all that can be asked for; `project` and `policy` override its fields.
+
+        Raises:
+            VmsandboxError: it says what failed; nothing is left then.
+        """
+        asked = request or SessionRequest()
+        if project is not None:
+            asked = replace(asked, project=Path(project).absolute())
+        if policy is not None:
+            asked = replace(asked, policy=policy)
+        asked.check()
+        where = layout or Layout.from_environment()
+        listener = monitor or Monitor()
+        importing = threading.Thread(target=_import_ssh, daemon=True)
+        importing.start()  # 0.2 s of imports, while libvirt and QEMU are at work
+        runner = programs or Programs()
+        host = Host.open()
+        try:
+            prepared = prepare(asked, where, host, runner, listener)
+            sandbox = cls._claim(asked, prepared, where, listener)
+            try:
+                sandbox._start(host, asked, prepared, runner)
+                if asked.project is not None:
+                    sandbox.push(asked.project, asked.policy, runner)
+            except BaseException as error:
+                sandbox._failed(error)
+                raise
+        finally:
+            host.close()
+        return sandbox
+
+    @classmethod
+    def attach(cls, name: str, *, layout: Layout | None = None, monitor: Monitor | None = None) -> Sandbox:
+        """A session that runs already. Raises UserInputError if there is none of this name."""
+        where = layout or Layout.from_environment()
+        folder = SessionFolder(where, name)
+        return cls(where, folder, folder.info(), monitor or Monitor())
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("ended" if error is None else f"ended by {type(error).__name__}")
+
+    def close(self, reason: str = "ended") -> list[str]:
+        """End the guest and remove everything of the session but its record; returns what could not be removed."""
+        self.disconnect()
+        leftovers = tear_down(self.layout, self.folder, self.info)
+        with suppress(VmsandboxError):
+            self.journal.append(events.SessionClosed(reason, leftovers))
+        return leftovers
+
+    def disconnect(self) -> None:
+        """Give the SSH port back; the guest goes on."""
+        if self._shell is not None:
+            self._shell.close()
+            self._shell = None
+        self._port.close()
+
+    # -- use -----------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The session's name."""
+        return self.info.name
+
+    @property
+    def journal(self) -> Journal:
+        """The session's journal."""
+        if self._journal is None:
+            self._journal = self.folder.journal(self.info.id)
+        return self._journal
+
+    def shell(self) -> GuestShell:
+        """The SSH connection of this object, made on first use."""
+        if self._shell is None or not self._shell.is_open:
+            from vmsandbox.guest.ssh import GuestShell
+
+            self.disconnect()
+            keys = self.folder.keys()
+            port = self._port.enter_context(self.folder.ssh_port(self.info.ssh_ports))
+            sock = connect_unix(self.folder.ssh_socket(port), 5)
+            self._shell = GuestShell.connect(
+                sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=LOGIN_DEADLINE
+            )
+        return self._shell
+
+    def start(
+        self, command: Sequence[str] | None, *, terminal: tuple[str, int, int] | None = None
+    ) -> Any:
+        """Start a command (None: a login shell) in the project's folder; returns its SSH channel."""
+        self.journal.append(events.CommandStarted(list(command) if command else None, terminal is not None))
+        return self.shell().start(command, cwd=self.info.guest_folder, terminal=terminal)
+
+    def ended(self, status: int, seconds: float) -> None:
+        """Write down that a command started with `start` has ended."""
+        self.journal.append(events.CommandEnded(status, round(seconds, 3)))
+
+    def run(self, command: Sequence[str], *, stdin: int | None = None) -> int:
+        """Run a command with this process's stdout and stderr; returns its exit status."""
+        from vmsandbox.guest.streams import join_streams, write_all
+
+        began = time.monotonic()
+        channel = self.start(command)
+        status = join_streams(channel, stdin, write_all(1), write_all(2))
+        self.ended(status, time.monotonic() - began)
+        return status
+
+    def push(self, project: Path, policy: Policy | None = None, programs: Programs | None = None) -> None:
+        """Copy a project into the guest (see `vmsandbox.session.project`)."""
+        from vmsandbox.session.project import push_project
+
+        self.info = push_project(self, project, policy or Policy(), programs or Programs())
+
+    def changes(self) -> Changes:
+        """What the guest's tree has that was not pushed, and the other way round."""
+        from vmsandbox.session.project import list_changes
+
+        return list_changes(self)
+
+    # -- starting ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _claim(
+        cls, asked: SessionRequest, prepared: Prepared, layout: Layout, monitor: Monitor
+    ) -> Sandbox:
+        uuid = str(uuids.uuid4())
+        name = asked.name or f"s-{uuid[:8]}"
+        folder = SessionFolder(layout, name)
+        session_id = new_session_id(name)
+        info = SessionInfo(
+            id=session_id,
+            name=name,
+            uuid=uuid,
+            # the id's random end: libvirt may still be forgetting a guest of the same name
+            domain=f"{DOMAIN_PREFIX}{name}-{session_id[-6:]}",
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            owner_pid=os.getpid(),
+            owner_started=process_started(os.getpid()) or 0,
+            image=prepared.image.name,
+            image_digest=prepared.image.digest,
+            template=prepared.template.key,
+            ssh_ports=prepared.shape.ssh_ports,
+            memory_mib=prepared.shape.memory_mib,
+            vcpus=prepared.shape.vcpus,
+            project=str(asked.project) if asked.project else None,
+        )
+        folder.claim(info)
+        sandbox = cls(layout, folder, info, monitor)
+        opened = events.SessionOpened(info.id, name, uuid, info.project, __version__)
+        try:
+            sandbox.journal.append(opened)
+        except BaseException as error:
+            sandbox._failed(error)
+            raise
+        return sandbox
+
+    def _start(self, host: Host, asked: SessionRequest, prepared: Prepared, programs: Programs) -> None:
+        began = time.monotonic()
+        request = ForkRequest(
+            name=self.info.domain.removeprefix(DOMAIN_PREFIX),
+            uuid=self.info.uuid,
+            session_id=self.info.id,
+            image=prepared.image,
+            template=prepared.template,
+            shape=prepared.shape,
+            machine=prepared.machine,
+            folder=self.folder.vm,
+            run_folder=self.folder.run,
+        )
+        with self.monitor.step(f"starting guest {self.name}"):
+            _plan, control = start_fork(
+                host, request, programs, lambda plan, xml: self._inspect(host, prepared, plan, xml)
+            )
+            keys, machine_id = give_identity(control, self.name, IDENTITY_DEADLINE)
+            self.folder.save_keys(keys)
+            self.shell()
+        owner = (0, 0) if asked.keep else (self.info.owner_pid, self.info.owner_started)
+        self.info = replace(self.info, ready=True, owner_pid=owner[0], owner_started=owner[1])
+        self.folder.update(self.info)
+        self.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
+
+    def _inspect(self, host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
+        """While the guest is still paused: only the devices we asked for, and the grade of what really runs."""
+        check_live_xml(
+            live_xml,
+            ExpectedDevices(
+                accelerator=plan.shape.accelerator,
+                uuid=plan.uuid,
+                machine=plan.machine,
+                emulator=plan.emulator,
+                kernel=plan.kernel,
+                initrd=plan.initrd,
+                cmdline=plan.cmdline,
+                disk_chain=plan.disk_chain,
+                channels=plan.channels,
+                serial=("unix", plan.console_socket),
+                qemu_args=plan.qemu_args,
+            ),
+        )
+        pid = read_pid_file(pid_file(host.uri, plan.name))
+        (self.folder.path / "qemu.pid").write_text(str(pid))
+        self.isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
+        self.info = replace(self.info, grade=self.isolation.grade.value)
+        self.folder.update(self.info)
+        self.journal.append(
+            events.ForkStarted(
+                image=prepared.image.name,
+                image_digest=prepared.image.digest,
+                template=prepared.template.key,
+                network="none",
+                vcpus=plan.shape.vcpus,
+                memory_mib=plan.shape.memory_mib,
+            )
+        )
+        evidence = {
+            name: ("ok: " if check.ok else "missing: ") + check.evidence
+            for name, check in self.isolation.checks.items()
+        }
+        self.journal.append(events.IsolationAssessed(self.isolation.grade.value, evidence))
+
+    def _failed(self, error: BaseException) -> None:
+        brief = error.brief if isinstance(error, VmsandboxError) else f"interrupted ({type(error).__name__})"
+        details = error.details if isinstance(error, VmsandboxError) else str(error)
+        with suppress(VmsandboxError):
+            self.journal.append(events.SessionFailed(brief, details))
+        self.close("failed to start")
+
+
+def _import_ssh() -> None:
+    import vmsandbox.guest.ssh  # noqa: F401
+
+

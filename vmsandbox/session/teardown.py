@@ -1,0 +1,90 @@
+"""The end of a session: every step is tried, whatever the ones before it did.
+
+QEMU is ended by its process descriptor and not through libvirt: the guest is gone in milliseconds, and libvirt,
+which sees its monitor close, cleans up by itself (where PID 1 reaps late it would hold the person for seconds).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from vmsandbox.errors import VmsandboxError
+from vmsandbox.paths import Layout
+from vmsandbox.session.folder import SessionFolder, SessionInfo
+
+_END_DEADLINE_MS = 10_000
+_INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[str]:
+    """End a session's guest and remove its folders; returns what is left, in words (empty: nothing).
+
+    Safe to call twice, and for a session that never got further than its claim. A second Ctrl-C waits until it
+    is done. The folder itself goes last, so that what could not be removed can be found again.
+    """
+    left: list[str] = []
+
+    def attempt(what: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (VmsandboxError, OSError) as error:
+            left.append(f"{what}: {error}")
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTIONS)
+    try:
+        attempt("guest", lambda: end_guest(folder, info))
+        attempt("sockets", lambda: _remove(folder.run))
+        attempt("guest files", lambda: _remove(folder.vm))
+        if not left:
+            attempt("session folder", lambda: _remove(folder.path))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return left
+
+
+def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
+    """End the QEMU process of a session; by libvirt if its process is not known.
+
+    Raises:
+        HostError: neither way worked.
+    """
+    if _kill_process(folder, info):
+        return
+    from vmsandbox.hypervisor.connection import Host
+
+    host = Host.open()
+    try:
+        host.destroy(info.uuid)
+    finally:
+        host.close()
+
+
+def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
+    """True if the session's own QEMU process was there and is gone. Its UUID must be on its command line."""
+    with suppress(OSError, ValueError):
+        pid = int((folder.path / "qemu.pid").read_text())
+        descriptor = os.pidfd_open(pid)
+        try:
+            # Looked at after the descriptor is held: the number cannot mean another process from here on.
+            if info.uuid.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return False
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            return bool(poller.poll(_END_DEADLINE_MS))
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
