@@ -106,9 +106,7 @@ class Programs:
                 stdout, stderr = _follow(child, timeout, on_line)
         except subprocess.TimeoutExpired:
             _end(child)
-            raise HostError(
-                f"{words[0]} did not end within {timeout:g} seconds", details=shlex.join(words)
-            ) from None
+            raise HostError(f"{words[0]} did not end within {timeout:g} seconds", details=shlex.join(words)) from None
         except BaseException:
             _end(child)  # Ctrl-C must not leave a build running
             raise
@@ -170,9 +168,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-def _follow(
-    child: subprocess.Popen[bytes], timeout: float, on_line: Callable[[str], None]
-) -> tuple[bytes, bytes]:
+def _follow(child: subprocess.Popen[bytes], timeout: float, on_line: Callable[[str], None]) -> tuple[bytes, bytes]:
     """Pass stderr on line by line; stdout is drained by a thread so that neither pipe can block the child."""
     import threading
 

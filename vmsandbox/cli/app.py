@@ -12,7 +12,6 @@ import signal
 import sys
 from types import FrameType
 
-import click
 import typer
 
 from vmsandbox.cli import connect, guests, host, images, looking
@@ -30,6 +29,10 @@ app = typer.Typer(
 for module in (guests, looking, connect, host):
     module.register(app)
 app.add_typer(images.app, name="image", help="Build, list, verify and remove images.")
+
+
+# UsageError of click, which older versions of typer import and newer ones have their own copy of.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class Interrupted(BaseException):
@@ -57,12 +60,12 @@ def _run(argv: list[str]) -> int:
     except VmsandboxError as error:
         _show_error(error, arguments)
         return error.exit_code
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        error.show(sys.stderr)
+    except _UsageError as error:
+        error.show(sys.stderr)  # type: ignore[attr-defined]
         return EXIT_OWN_FAILURE
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("vmsandbox: interrupted", file=sys.stderr)
         return 130
     except Interrupted as error:

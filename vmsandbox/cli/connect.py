@@ -11,7 +11,7 @@ from contextlib import suppress
 import typer
 
 from vmsandbox.cli.guests import NameArgument
-from vmsandbox.guest.control import connect_unix
+from vmsandbox.guest.control import connect_ssh
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.spec import WORKER
@@ -58,7 +58,7 @@ def proxy(name: NameArgument) -> int:
     """Join stdin and stdout to a free SSH port of the guest (for ProxyCommand)."""
     folder = SessionFolder(Layout.from_environment(), name)
     info = folder.info()
-    with folder.ssh_port(info.ssh_ports) as port, connect_unix(folder.ssh_socket(port), 5) as sock:
+    with folder.ssh_port(info.ssh_ports) as port, connect_ssh(folder.ssh_socket(port), 30) as sock:
         sock.settimeout(None)
 
         def upwards() -> None:

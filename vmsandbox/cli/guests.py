@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from vmsandbox.review.changes import Changes
     from vmsandbox.session.sandbox import Sandbox
 
-ProjectArgument = Annotated[Path, typer.Argument(metavar="[PATH]", help="Project to copy in.", show_default="this folder")]
+ProjectArgument = Annotated[
+    Path, typer.Argument(metavar="[PATH]", help="Project to copy in.", show_default="this folder")
+]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The session.", autocompletion=session_names)]
 NameOption = Annotated[str | None, typer.Option("--name", "-n", help="Name of the session (default: made up).")]
 PolicyOption = Annotated[
     Path | None,
-    typer.Option("--policy", help="Policy file.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project"),
+    typer.Option(
+        "--policy", help="Policy file.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project"
+    ),
 ]
 ImageOption = Annotated[str, typer.Option("--image", help="Image to boot; built on first use.")]
 NetOption = Annotated[NetworkMode, typer.Option("--net", help="What the guest may reach.")]
@@ -57,7 +61,7 @@ def register(app: typer.Typer) -> None:
 
 
 def session(
-    path: ProjectArgument = Path("."),
+    path: ProjectArgument = Path(),
     name: NameOption = None,
     policy: PolicyOption = None,
     image: ImageOption = "base",
@@ -101,7 +105,7 @@ def session(
 
 
 def start(
-    path: ProjectArgument = Path("."),
+    path: ProjectArgument = Path(),
     name: NameOption = None,
     policy: PolicyOption = None,
     image: ImageOption = "base",
@@ -143,7 +147,7 @@ def shell(name: NameArgument) -> int:
     return _attached(name, None)
 
 
-def push(name: NameArgument, path: ProjectArgument = Path("."), policy: PolicyOption = None) -> int:
+def push(name: NameArgument, path: ProjectArgument = Path(), policy: PolicyOption = None) -> int:
     """Copy a project into a running guest (again): what was in its folder there is replaced."""
     from vmsandbox.session.sandbox import Sandbox
 
@@ -245,9 +249,7 @@ def _stdin() -> int | None:
         return None  # closed
 
 
-def _session_report(
-    sandbox: Sandbox, status: int, changes: Changes | None, left: list[str]
-) -> dict[str, object]:
+def _session_report(sandbox: Sandbox, status: int, changes: Changes | None, left: list[str]) -> dict[str, object]:
     return {
         "name": sandbox.name,
         "id": sandbox.info.id,

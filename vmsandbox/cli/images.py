@@ -9,6 +9,7 @@ import typer
 
 from vmsandbox.cli.guests import JsonOption
 from vmsandbox.cli.output import make_monitor, print_json, print_table
+from vmsandbox.image.manifest import Image
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 
@@ -41,8 +42,7 @@ def list_(json: JsonOption = False) -> int:
 
     images = ImageStore(Layout.from_environment()).list()
     if json:
-        print_json([{"name": one.name, "digest": one.digest, "suite": one.facts.suite,
-                     "kernel": one.facts.kernel_version, "packages": one.facts.package_count} for one in images])  # fmt: skip
+        print_json([_facts(one) for one in images])
     elif images:
         rows = [[one.name, one.digest[:16], one.facts.suite, one.facts.kernel_version, str(one.facts.package_count)]
                 for one in images]  # fmt: skip
@@ -50,6 +50,17 @@ def list_(json: JsonOption = False) -> int:
     else:
         print("no images; `vmsandbox image build` makes one", file=sys.stderr)
     return 0
+
+
+def _facts(image: Image) -> dict[str, object]:
+    facts = image.facts
+    return {
+        "name": image.name,
+        "digest": image.digest,
+        "suite": facts.suite,
+        "kernel": facts.kernel_version,
+        "packages": facts.package_count,
+    }
 
 
 @app.command()

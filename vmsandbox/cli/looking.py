@@ -37,7 +37,9 @@ def list_(json: JsonOption = False) -> int:
         print_json(rows)
     elif rows:
         columns = ("name", "state", "grade", "image", "created", "project")
-        print_table([column.upper() for column in columns], [[row[column] or "-" for column in columns] for row in rows])
+        print_table(
+            [column.upper() for column in columns], [[row[column] or "-" for column in columns] for row in rows]
+        )
     else:
         print("no sessions", file=sys.stderr)
     return 0
@@ -168,6 +170,9 @@ def _show_withheld(record: Path, json: bool) -> int:
     else:
         print_table(
             ["PATH", "REASON", "DETAIL"],
-            [[shown(row["path"]) + ("/" if row["folder"] else ""), row["reason"], shown(row["detail"])] for row in rows],
+            [
+                [shown(row["path"]) + ("/" if row["folder"] else ""), row["reason"], shown(row["detail"])]
+                for row in rows
+            ],
         )
     return 0

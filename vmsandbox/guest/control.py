@@ -15,6 +15,7 @@ from typing import Any
 from vmsandbox.errors import GuestError
 
 REPLY_LIMIT = 1 << 16  # bytes
+_GREETING = b"vmsandbox\r\n"  # from cloudinit/guest/ssh-port in a new fork, before sshd starts
 
 
 class ControlPort:
@@ -109,3 +110,45 @@ def connect_unix(path: Path, deadline: float) -> socket.socket:
                     resolution="is the guest still running? `vmsandbox ls`",
                 ) from error
             time.sleep(0.005)
+
+
+def connect_ssh(path: Path, deadline: float) -> socket.socket:
+    """Connect to an SSH port once a fresh server is behind it; `deadline` in seconds from now.
+
+    A port knows no connections. Where the one before was cut off a moment ago (a client that was killed), its
+    server may not have noticed: it would take our first bytes for its own stream, and we what it still had to
+    say. A fresh server speaks first, and in clear; anything else is hung up on, which ends the old one.
+
+    Raises:
+        GuestError: nothing accepts there in time, or no server greets.
+    """
+    until = time.monotonic() + deadline
+    patience = 2.0  # longer each time: a slow guest must get to its greeting
+    while True:
+        sock = connect_unix(path, max(until - time.monotonic(), 0.1))
+        try:
+            untrusted = _peek(sock, min(patience, until - time.monotonic()))
+            if untrusted.startswith(_GREETING):
+                sock.recv(len(_GREETING))
+                untrusted = _peek(sock, until - time.monotonic())
+            if untrusted.startswith(b"SSH-"):
+                return sock
+        except OSError:
+            pass  # hung up on
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+        if time.monotonic() > until:
+            raise GuestError("no SSH server answers at the guest's port", resolution="try again")
+        time.sleep(0.05)  # a hang-up that is too short is not seen in the guest
+        patience *= 2
+
+
+def _peek(sock: socket.socket, seconds: float) -> bytes:
+    """What comes first, left in place; empty if nothing comes in time."""
+    sock.settimeout(max(seconds, 0.05))
+    try:
+        return sock.recv(len(_GREETING), socket.MSG_PEEK)
+    except TimeoutError:
+        return b""

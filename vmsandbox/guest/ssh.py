@@ -100,12 +100,12 @@ def _handle_request(channel: paramiko.Channel, message: paramiko.Message) -> Non
         channel.status_event.set()
         return
     message.packet.seek(start)
-    channel._handle_request(message)
+    channel._handle_request(message)  # type: ignore[attr-defined]
 
 
 class _Transport(paramiko.Transport):
     _channel_handler_table = {  # noqa: RUF012 - paramiko's own name and type
-        **paramiko.Transport._channel_handler_table,
+        **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]
         MSG_CHANNEL_REQUEST: _handle_request,
     }
     _preferred_kex = ("curve25519-sha256@libssh.org",)
@@ -268,9 +268,7 @@ def _wait_readable(channel: Any) -> None:
         select.select([channel], [], [], 0.05)
 
 
-def remote_command(
-    command: Sequence[str] | None, cwd: str | None = None, env: dict[str, str] | None = None
-) -> str:
+def remote_command(command: Sequence[str] | None, cwd: str | None = None, env: dict[str, str] | None = None) -> str:
     """What the guest's shell gets: every word quoted, so that names are data and never syntax."""
     parts = [f"cd -- {shlex.quote(cwd)} || exit 125"] if cwd else []
     words = list(command) if command is not None else ["bash", "-l"]

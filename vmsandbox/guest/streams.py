@@ -44,10 +44,7 @@ def join_streams(channel: Any, stdin: int | None, stdout: Sink, stderr: Sink) ->
             stderr(channel.recv_stderr(_PIECE))
             idle = False
         if idle:
-            if channel.exit_status_ready() and (channel.eof_received or channel.closed):
-                if not (channel.recv_ready() or channel.recv_stderr_ready()):
-                    break
-            elif channel.closed:
+            if (channel.exit_status_ready() and (channel.eof_received or channel.closed)) or channel.closed:
                 if not (channel.recv_ready() or channel.recv_stderr_ready()):
                     break
             else:

@@ -96,9 +96,7 @@ class Walk:
         return dict(Counter(row.reason for row in self.withheld))
 
 
-def walk_project(
-    root: Path, policy: Policy, *, limits: Limits | None = None, programs: Programs | None = None
-) -> Walk:
+def walk_project(root: Path, policy: Policy, *, limits: Limits | None = None, programs: Programs | None = None) -> Walk:
     """Look through a project without following any link out of it. Opens folders and ignore files, no
     other file.
 
@@ -182,9 +180,7 @@ class _Walker:
         if largest > self._limits.file_bytes:
             raise self._too_much(f"a file larger than {_mib(self._limits.file_bytes)}")
         if self._walk.total_bytes > self._limits.total_bytes:
-            raise self._too_much(
-                f"{_mib(self._walk.total_bytes)}; at most {_mib(self._limits.total_bytes)} are sent"
-            )
+            raise self._too_much(f"{_mib(self._walk.total_bytes)}; at most {_mib(self._limits.total_bytes)} are sent")
 
     def _withhold(self, path: str, reason: Reason, folder: bool = False, detail: str = "") -> None:
         self._walk.withheld.append(Withheld(path, reason, folder, detail))
@@ -200,9 +196,7 @@ class _Walker:
             return False
         return True
 
-    def _enter(
-        self, parent: int, name: str, path: str, depth: int, rules: list[IgnoreFile], ignored: bool
-    ) -> None:
+    def _enter(self, parent: int, name: str, path: str, depth: int, rules: list[IgnoreFile], ignored: bool) -> None:
         if depth > self._limits.depth:
             raise UserInputError(
                 f"the project is more than {self._limits.depth} folders deep: {shown(path, 200)}",
@@ -220,9 +214,7 @@ class _Walker:
         try:
             status = os.fstat(fd)
             self._count()
-            self._walk.entries.append(
-                Entry(path, "dir", status.st_mode & 0o777, 0, int(status.st_mtime), None)
-            )
+            self._walk.entries.append(Entry(path, "dir", status.st_mode & 0o777, 0, int(status.st_mtime), None))
             self._folder(fd, path + "/", depth, rules, ignored)
         finally:
             os.close(fd)
@@ -244,9 +236,7 @@ class _Walker:
                 return
             self._walk.total_bytes += status.st_size
             self._count()
-            self._walk.entries.append(
-                Entry(path, "file", status.st_mode & 0o777, status.st_size, mtime, None)
-            )
+            self._walk.entries.append(Entry(path, "file", status.st_mode & 0o777, status.st_size, mtime, None))
         elif target is None:
             self._withhold(path, Reason.SPECIAL, detail=_FORMS.get(form, "unknown"))
         elif stays_inside(self._root, path, target):

@@ -29,9 +29,7 @@ libvirt.registerErrorHandler(lambda _context, _error: None, None)
 
 def default_uri() -> str:
     """`qemu:///system` for root, `qemu:///session` (its own libvirtd) for everyone else."""
-    return os.environ.get("VMSANDBOX_LIBVIRT_URI") or (
-        "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
-    )
+    return os.environ.get("VMSANDBOX_LIBVIRT_URI") or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
 
 
 @dataclass(frozen=True)

@@ -125,5 +125,3 @@ def _load_state(host: Host, uuid: str, state: Path) -> None:
         except OSError as error:
             raise HostError("QEMU did not take the template's state", details=str(error)) from error
         host.migration_finished(uuid, deadline=30)
-
-

@@ -134,9 +134,7 @@ def read_pid_file(path: Path) -> int:
     return pid
 
 
-def read_process(
-    pid: int, proc: Path = Path("/proc"), selinux_enforce: Path = SELINUX_ENFORCE
-) -> ProcessFacts:
+def read_process(pid: int, proc: Path = Path("/proc"), selinux_enforce: Path = SELINUX_ENFORCE) -> ProcessFacts:
     """What /proc says of a process; never raises. All of one process, even if the number is reused."""
     try:
         folder = os.open(proc / str(pid), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -227,9 +225,7 @@ def _options(cmdline: Sequence[str], option: str) -> list[str]:
 
 def _not_root(process: ProcessFacts) -> Check:
     """Real, effective, saved and file system user id (proc(5): `Uid`)."""
-    return _in_every_thread(
-        process, ("Uid",), lambda value: len(value.split()) == 4 and "0" not in value.split()
-    )
+    return _in_every_thread(process, ("Uid",), lambda value: len(value.split()) == 4 and "0" not in value.split())
 
 
 def _in_every_thread(process: ProcessFacts, keys: Sequence[str], good: Callable[[str], bool]) -> Check:

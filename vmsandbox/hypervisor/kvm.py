@@ -56,9 +56,7 @@ class KvmProof:
     cached: bool
 
 
-def prove_kvm(
-    layout: Layout, programs: Programs, *, fresh: bool = False, device: Path = KVM_DEVICE
-) -> KvmProof:
+def prove_kvm(layout: Layout, programs: Programs, *, fresh: bool = False, device: Path = KVM_DEVICE) -> KvmProof:
     """Run the test guest under KVM, or repeat what an earlier run of it showed.
 
     An answer holds for one host boot, kernel, QEMU program, user and state of the device; a failure for an
@@ -97,9 +95,7 @@ def run_probe(programs: Programs, accelerator: Accelerator, deadline: float = PR
         )  # fmt: skip
         try:
             # Its own folder, so that a QEMU that aborts leaves its core file nowhere else.
-            ended = programs.run(
-                argv, timeout=deadline, check=False, cwd=Path(folder), on_line=_stop_at_kvm_error
-            )
+            ended = programs.run(argv, timeout=deadline, check=False, cwd=Path(folder), on_line=_stop_at_kvm_error)
         except _KvmInternalError as error:
             return KvmProof(False, f"the test guest did not run: {error}", took(), False)
         except HostError as error:

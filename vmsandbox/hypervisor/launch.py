@@ -60,7 +60,7 @@ def choose_user(host: Host, shape: GuestShape) -> tuple[int, int] | None:
 
 def _may_open(device: str, gid: int) -> bool:
     with suppress(OSError):
-        info = os.stat(device)
+        info = Path(device).stat()
         return bool(info.st_mode & stat.S_IWOTH or (info.st_gid == gid and info.st_mode & stat.S_IWGRP))
     return False
 

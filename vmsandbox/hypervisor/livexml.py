@@ -27,7 +27,7 @@ _HARMLESS = {
     "name", "uuid", "genid", "metadata", "memory", "currentMemory", "vcpu", "resource", "cpu", "clock",
     "on_poweroff", "on_reboot", "on_crash", "seclabel",
 }  # fmt: skip
-_FEATURES = {"acpi", "apic", "pae", "vmport"}
+_FEATURES = {"acpi", "apic", "pae", "vmport", "tcg"}  # tcg: the size of the cache of translated code
 _SYSTEM = {"type", "kernel", "initrd", "cmdline", "boot"}
 _CONTROLLERS = {
     ("pci", "pcie-root"),
@@ -246,9 +246,7 @@ def _serial(devices: ET.Element, expected: ExpectedDevices) -> Iterator[str]:
                 continue
             yield from _differs(f"path of {element.tag}", source.get("path"), str(path))
             yield from _only_attributes(source, {"path", "mode"} if kind == "unix" else {"path", "append"})
-            yield from _differs(
-                f"mode of {element.tag}", source.get("mode"), "bind" if kind == "unix" else None
-            )
+            yield from _differs(f"mode of {element.tag}", source.get("mode"), "bind" if kind == "unix" else None)
         yield from _differs(f"sources of {element.tag}", len(element.findall("source")), 1)
 
 

@@ -125,7 +125,7 @@ def _find_sealed(template: Template, live: Path) -> int | None:
     Only an inode that a record of ours names is taken: a QEMU that was taken over could offer another file.
     """
     for record_path in live.glob(f"*/{RECORD}"):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a record that is damaged is passed over
             record = json.loads(record_path.read_text())
             if record["template"] != template.key:
                 continue
@@ -140,12 +140,12 @@ def _find_sealed(template: Template, live: Path) -> int | None:
 
 def _open_inode(pid: int, device: int, inode: int) -> int | None:
     with suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                info = os.stat(entry.path)
+                info = entry.stat()
                 if (info.st_dev, info.st_ino) != (device, inode):
                     continue
-                fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
+                fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
                 again = os.fstat(fd)
                 sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
                 if sealed and (again.st_dev, again.st_ino) == (device, inode):

@@ -208,9 +208,7 @@ def obtain_template(
         return _make(host, plan, store, programs, monitor)
 
 
-def _make(
-    host: Host, plan: TemplatePlan, store: TemplateStore, programs: Programs, monitor: Monitor
-) -> Template:
+def _make(host: Host, plan: TemplatePlan, store: TemplateStore, programs: Programs, monitor: Monitor) -> Template:
     started = time.monotonic()
     uuid = str(uuids.uuid4())
     making = store.folder / f".making-{uuid}"
@@ -240,9 +238,7 @@ def _make(
         shutil.rmtree(run, ignore_errors=True)
 
 
-def _domain_plan(
-    plan: TemplatePlan, uuid: str, making: Path, run: Path, user: tuple[int, int] | None
-) -> DomainPlan:
+def _domain_plan(plan: TemplatePlan, uuid: str, making: Path, run: Path, user: tuple[int, int] | None) -> DomainPlan:
     return DomainPlan(
         name=f"vmsandbox-template-{uuid[:8]}",
         uuid=uuid,
@@ -264,9 +260,7 @@ def _domain_plan(
     )
 
 
-def _prepare_files(
-    plan: TemplatePlan, domain: DomainPlan, programs: Programs, user: tuple[int, int] | None
-) -> None:
+def _prepare_files(plan: TemplatePlan, domain: DomainPlan, programs: Programs, user: tuple[int, int] | None) -> None:
     initrd = plan.image.initrd.read_bytes()
     # Archives follow each other at multiples of 512 bytes (the kernel's initramfs buffer format).
     domain.initrd.write_bytes(initrd + bytes(-len(initrd) % 512) + plan.seed_archive())
@@ -396,4 +390,3 @@ def _host_cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return "unknown"
-

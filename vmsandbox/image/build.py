@@ -187,9 +187,7 @@ def _assemble(building: Path, parts: Path, recipe: Recipe) -> ImageFacts:
         (parts / "initrd.stock").rename(building / INITRD)
     packages = parse_packages((parts / "packages").read_text())
     (building / SBOM).write_bytes(sbom(recipe.name, recipe.suite, packages))
-    files = {
-        name: FileFacts(file_digest(building / name), (building / name).stat().st_size) for name in FILES
-    }
+    files = {name: FileFacts(file_digest(building / name), (building / name).stat().st_size) for name in FILES}
     facts = ImageFacts(
         name=recipe.name,
         recipe=recipe.digest(),

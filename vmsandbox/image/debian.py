@@ -37,8 +37,7 @@ _NO_DOCUMENTATION = (
     "echo 'path-include=/usr/share/doc/*/copyright' >> 50vmsandbox"
 )
 _NO_INITRAMFS = (
-    'mkdir -p "$1/etc/initramfs-tools" && '
-    'echo update_initramfs=no > "$1/etc/initramfs-tools/update-initramfs.conf"'
+    'mkdir -p "$1/etc/initramfs-tools" && echo update_initramfs=no > "$1/etc/initramfs-tools/update-initramfs.conf"'
 )
 _UUIDS = uuid.UUID("c2a3d0c4-5f43-5d0a-8c0e-3b9b4c7c2f10")
 
@@ -83,9 +82,7 @@ class BuildPlaces:
     unprivileged: bool
 
 
-def make_parts(
-    recipe: Recipe, mirrors: Mirrors, places: BuildPlaces, programs: Programs, monitor: Monitor
-) -> None:
+def make_parts(recipe: Recipe, mirrors: Mirrors, places: BuildPlaces, programs: Programs, monitor: Monitor) -> None:
     """Fill `places.out` with root.ext4, vmlinuz, kernel-version, packages and the initramfs's parts.
 
     Raises:
@@ -186,9 +183,7 @@ def _overlay(recipe: Recipe) -> bytes:
         for number, command in enumerate(recipe.run):
             add(f"{_WORK}/run/{number:03d}", command.encode() + b"\n")
         canonical = Mirrors(recipe.mirror, recipe.security_mirror)
-        add(
-            f"{_WORK}/sources.list", "".join(f"{line}\n" for line in canonical.sources(recipe.suite)).encode()
-        )
+        add(f"{_WORK}/sources.list", "".join(f"{line}\n" for line in canonical.sources(recipe.suite)).encode())
         for unit in recipe.units.mask:
             add(f"etc/systemd/system/{unit}", link="/dev/null")
         for file in {file.path: file for file in recipe.files}.values():

@@ -115,9 +115,7 @@ class ImageStore:
             found = [entry for entry in _entries(folder) if _DIGEST.fullmatch(entry)]
             gone = [entry for entry in found if digest is None or entry == digest[:SHORT]]
             if not gone:
-                raise ImageError(
-                    f"there is no image {name!r} to remove", resolution="see `vmsandbox image ls`"
-                )
+                raise ImageError(f"there is no image {name!r} to remove", resolution="see `vmsandbox image ls`")
             current = folder / CURRENT
             if current.is_symlink() and current.readlink().name in gone:
                 current.unlink()  # first: nobody finds an image that is half removed
@@ -204,9 +202,7 @@ def remove_building(folder: Path, programs: Programs | None = None) -> None:
 
     inside = f"{folder.resolve()}/"
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    mounts = [
-        re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in mounts
-    ]  # proc(5)
+    mounts = [re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in mounts]  # proc(5)
     if below := [point for point in mounts if point.startswith(inside)]:
         raise ImageError(
             f"{folder} is left of a build and has mounts in it",
@@ -218,9 +214,7 @@ def remove_building(folder: Path, programs: Programs | None = None) -> None:
         from vmsandbox.process import Programs
 
         helper = ["mmdebstrap", "--unshare-helper", "rm", "-rf", "--", str(scratch)]
-        (programs or Programs()).run(
-            helper, check=False, timeout=300
-        )  # all but the folder itself, which is ours
+        (programs or Programs()).run(helper, check=False, timeout=300)  # all but the folder itself, which is ours
         shutil.rmtree(scratch, ignore_errors=True)
     try:
         shutil.rmtree(folder)

@@ -84,9 +84,7 @@ def verified_records(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
-            good = (
-                record["seq"] == number and record["prev"] == prev and record["hash"] == record_hash(record)
-            )
+            good = record["seq"] == number and record["prev"] == prev and record["hash"] == record_hash(record)
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:

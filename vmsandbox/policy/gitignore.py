@@ -116,10 +116,7 @@ def _matches_itself(regex: re.Pattern[str], subject: str) -> bool:
 
     pathspec marks the slash behind a matched folder with a group: it must be the slash at the end.
     """
-    for found in regex.finditer(subject):
-        if not regex.groupindex or found.end(1) in (-1, len(subject)):
-            return True
-    return False
+    return any(not regex.groupindex or found.end(1) in (-1, len(subject)) for found in regex.finditer(subject))
 
 
 def _quick(patterns: Iterable[str], by_name: bool) -> re.Pattern[str]:
@@ -156,9 +153,7 @@ def rules_above(project: Path, repository: Repository) -> list[IgnoreFile]:
     A project may be a folder inside a repository: the ignore files above it count, as for git.
     """
     above = project.relative_to(repository.top).parts
-    places = [
-        (repository.top.joinpath(*above[:depth], ".gitignore"), above[depth:]) for depth in range(len(above))
-    ]
+    places = [(repository.top.joinpath(*above[:depth], ".gitignore"), above[depth:]) for depth in range(len(above))]
     if repository.exclude_file is not None:
         places.insert(0, (repository.exclude_file, above))
     files = []

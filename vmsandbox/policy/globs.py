@@ -34,10 +34,7 @@ def translate(glob: str) -> str:
         elif glob[at] == "?":
             out.append("[^/]")
             at += 1
-        elif (
-            glob[at] == "["
-            and (end := glob.find("]", at + 3 if glob[at + 1 : at + 2] in "!^" else at + 2)) > 0
-        ):
+        elif glob[at] == "[" and (end := glob.find("]", at + 3 if glob[at + 1 : at + 2] in "!^" else at + 2)) > 0:
             out.append(_character_class(glob[at + 1 : end]))
             at = end + 1
         else:

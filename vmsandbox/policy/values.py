@@ -39,8 +39,7 @@ def unenforced(policy: Policy) -> list[str]:
     said = []
     if policy.allowed_paths:
         said.append(
-            "filesystem.allowed_paths is not enforced yet: the whole project is copied in, "
-            "except what is denied"
+            "filesystem.allowed_paths is not enforced yet: the whole project is copied in, except what is denied"
         )
     if policy.network_mode not in (None, NO_NETWORK):
         said.append(
@@ -49,13 +48,10 @@ def unenforced(policy: Policy) -> list[str]:
         )
     if policy.allowed_hosts:
         said.append(
-            "network.allowed_hosts is not used yet: the guest has no network at all, "
-            "which is stricter than asked"
+            "network.allowed_hosts is not used yet: the guest has no network at all, which is stricter than asked"
         )
     if policy.denied_hosts:
-        said.append(
-            "network.denied_hosts is not used yet: the guest has no network at all, so every host is denied"
-        )
+        said.append("network.denied_hosts is not used yet: the guest has no network at all, so every host is denied")
     for name, commands in (
         ("allowed", policy.commands_allowed),
         ("denied", policy.commands_denied),

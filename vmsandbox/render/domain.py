@@ -14,12 +14,13 @@ from vmsandbox.spec import Accelerator, GuestShape
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 METADATA_NS = "https://vmsandbox.dev/xmlns/session/1"
+TB_CACHE_MIB = 64
 CONTROL_CHANNEL = "org.vmsandbox.control"
 SSH_CHANNEL = "org.vmsandbox.ssh."
 
 # quiet: a serial line under emulation costs seconds. The rest spares work that a throwaway guest has no use for.
 KERNEL_CMDLINE = (
-    "console=ttyS0 quiet panic=-1 root=/dev/vda rw net.ifnames=0 audit=1 "
+    "console=ttyS0 quiet panic=-1 root=/dev/vda rw net.ifnames=0 audit=0 "
     "systemd.show_status=0 systemd.log_level=warning rd.udev.log_level=3 mitigations=off"
 )
 
@@ -81,9 +82,7 @@ class DomainPlan:
     @property
     def channels(self) -> dict[str, Path]:
         """Every virtio-serial port: its name in the guest and its socket on the host."""
-        ports = {
-            f"{SSH_CHANNEL}{number}": self.ssh_socket(number) for number in range(self.shape.ssh_ports)
-        }
+        ports = {f"{SSH_CHANNEL}{number}": self.ssh_socket(number) for number in range(self.shape.ssh_ports)}
         return {CONTROL_CHANNEL: self.control_socket, **ports}
 
     @property
@@ -123,13 +122,18 @@ def render_domain(plan: DomainPlan) -> str:
     features = ET.SubElement(domain, "features")
     ET.SubElement(features, "acpi")
     ET.SubElement(features, "apic")
+    if not kvm:
+        # Translated code otherwise grows to a gigabyte for each guest; see benchmarks/ for what a limit costs.
+        _text(ET.SubElement(features, "tcg"), "tb-cache", str(TB_CACHE_MIB), unit="MiB")
     _cpu(domain, kvm)
     ET.SubElement(domain, "clock", {"offset": "utc"})
     for occasion in ("on_poweroff", "on_reboot", "on_crash"):
         _text(domain, occasion, "destroy")
     _devices(domain, plan)
     if plan.run_as is not None:
-        label = ET.SubElement(domain, "seclabel", {"type": "static", "model": "dac", "relabel": "yes"})
+        # relabel no, on purpose: libvirt would give the shared image, kernel and initramfs to the QEMU user, who
+        # could then write them. What QEMU may write is given to it by us.
+        label = ET.SubElement(domain, "seclabel", {"type": "static", "model": "dac", "relabel": "no"})
         _text(label, "label", f"+{plan.run_as[0]}:+{plan.run_as[1]}")
     commandline = ET.SubElement(domain, f"{{{QEMU_NS}}}commandline")
     for argument in plan.qemu_args:
@@ -147,7 +151,7 @@ def _cpu(domain: ET.Element, kvm: bool) -> None:
         cpu = ET.SubElement(domain, "cpu", {"mode": "custom", "match": "exact", "check": "none"})
         _text(cpu, "model", "Westmere", fallback="forbid")
         # cx16: QEMU 7.2's emulation of an interrupted cmpxchg16b corrupts RFLAGS, and Linux 6.12 panics.
-        switched = {"cx16": "disable", "rdrand": "require", "rdseed": "require", "vmx": "disable"}
+        switched = {"cx16": "disable", "rdrand": "require", "vmx": "disable"}
     for name, policy in switched.items():
         ET.SubElement(cpu, "feature", {"policy": policy, "name": name})
 
@@ -184,9 +188,7 @@ def _disk(devices: ET.Element, chain: tuple[DiskImage, ...]) -> None:
     for image in backing:
         parent = ET.SubElement(parent, "backingStore", {"type": "file"})
         ET.SubElement(parent, "format", {"type": image.format})
-        # On purpose not relabelled: libvirt would give shared files to the QEMU user, who could then write them.
-        source = _source(parent, image.path)
-        ET.SubElement(source, "seclabel", {"model": "dac", "relabel": "no"})
+        _source(parent, image.path)
     ET.SubElement(parent, "backingStore")  # ends the chain: nothing is probed
     ET.SubElement(disk, "target", {"dev": "vda", "bus": "virtio"})
 

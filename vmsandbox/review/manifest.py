@@ -109,9 +109,7 @@ def entry_line(path: str, item: Item) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-def parse_untrusted_manifest(
-    untrusted_stream: Iterable[bytes], limits: ManifestLimits | None = None
-) -> Manifest:
+def parse_untrusted_manifest(untrusted_stream: Iterable[bytes], limits: ManifestLimits | None = None) -> Manifest:
     """Read what a guest reports: chunks of bytes of any size, cut anywhere.
 
     Raises:

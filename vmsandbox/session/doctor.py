@@ -181,9 +181,7 @@ def _install(programs: Programs, packages: tuple[str, ...]) -> str:
     return "ran " + install_line(packages).removeprefix("sudo ")
 
 
-def _grade(
-    host: Examined, proof: KvmProof, qemu_user: tuple[int, int] | None
-) -> tuple[Grade, tuple[str, ...]]:
+def _grade(host: Examined, proof: KvmProof, qemu_user: tuple[int, int] | None) -> tuple[Grade, tuple[str, ...]]:
     """The best grade that isolation.py could give to a session here (it looks at the guest itself)."""
     reasons = []
     if not proof.works:
@@ -201,9 +199,7 @@ def _grade(
 
 
 def _default_uri() -> str:
-    return os.environ.get("VMSANDBOX_LIBVIRT_URI") or (
-        "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
-    )
+    return os.environ.get("VMSANDBOX_LIBVIRT_URI") or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
 
 
 def _open_host(uri: str) -> LibvirtHost:

@@ -46,7 +46,9 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
     removed += _stray_domains(layout, host)
     removed += _unfinished_templates(layout)
     removed += _unused_templates(layout, all_templates)
-    removed += [Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()]
+    removed += [
+        Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()
+    ]
     return removed
 
 

@@ -6,7 +6,7 @@ Each of these is made on first use, with progress: an image that was never built
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmsandbox.errors import HostError, ImageError, RefusedError, UserInputError
@@ -36,7 +36,7 @@ class SessionRequest:
 
     project: Path | None = None
     name: str | None = None
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     image: str = "base"
     network: NetworkMode = NetworkMode.NONE
     accept: Accept = Accept.NONE
@@ -83,9 +83,7 @@ class Prepared:
     template: Template
 
 
-def prepare(
-    request: SessionRequest, layout: Layout, host: Host, programs: Programs, monitor: Monitor
-) -> Prepared:
+def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Programs, monitor: Monitor) -> Prepared:
     """Find or make the image and the template that a session needs.
 
     Raises:
@@ -115,13 +113,12 @@ def choose_accelerator(kvm: KvmProof, allow_emulation: bool) -> Accelerator:
     raise RefusedError(
         "KVM does not run guests on this host, and pure emulation is not a security boundary",
         details=kvm.reason,
-        resolution=f"`vmsandbox doctor` shows how to mend KVM; to go on anyway: --allow-emulation or {ALLOW_EMULATION}=1",
+        resolution="`vmsandbox doctor` shows how to mend KVM; "
+        f"to go on anyway: --allow-emulation or {ALLOW_EMULATION}=1",
     )
 
 
-def find_or_build(
-    name: str, layout: Layout, store: ImageStore, programs: Programs, monitor: Monitor
-) -> Image:
+def find_or_build(name: str, layout: Layout, store: ImageStore, programs: Programs, monitor: Monitor) -> Image:
     """The newest image of this name, built now if there is none but a recipe."""
     try:
         return store.find(name)

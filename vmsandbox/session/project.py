@@ -154,5 +154,3 @@ def _withheld_text(secret: list[str], ignored: int, name: str) -> str:
     if ignored:
         parts.append(f"{ignored} ignored by git or not sendable")
     return "; ".join(parts) + f" (`vmsandbox logs {name} --withheld` lists all)"
-
-

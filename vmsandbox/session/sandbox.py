@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox import __version__
 from vmsandbox.errors import VmsandboxError
-from vmsandbox.guest.control import connect_unix
+from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.fork import DOMAIN_PREFIX, ForkRequest, start_fork
 from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid_file
@@ -37,7 +37,6 @@ from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.folder import (
     SessionFolder,
     SessionInfo,
-    SessionKeys,
     new_session_id,
     process_started,
 )
@@ -168,15 +167,13 @@ class Sandbox:
             self.disconnect()
             keys = self.folder.keys()
             port = self._port.enter_context(self.folder.ssh_port(self.info.ssh_ports))
-            sock = connect_unix(self.folder.ssh_socket(port), 5)
+            sock = connect_ssh(self.folder.ssh_socket(port), LOGIN_DEADLINE)
             self._shell = GuestShell.connect(
                 sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=LOGIN_DEADLINE
             )
         return self._shell
 
-    def start(
-        self, command: Sequence[str] | None, *, terminal: tuple[str, int, int] | None = None
-    ) -> Any:
+    def start(self, command: Sequence[str] | None, *, terminal: tuple[str, int, int] | None = None) -> Any:
         """Start a command (None: a login shell) in the project's folder; returns its SSH channel."""
         self.journal.append(events.CommandStarted(list(command) if command else None, terminal is not None))
         return self.shell().start(command, cwd=self.info.guest_folder, terminal=terminal)
@@ -210,9 +207,7 @@ class Sandbox:
     # -- starting ------------------------------------------------------------------------------------------
 
     @classmethod
-    def _claim(
-        cls, asked: SessionRequest, prepared: Prepared, layout: Layout, monitor: Monitor
-    ) -> Sandbox:
+    def _claim(cls, asked: SessionRequest, prepared: Prepared, layout: Layout, monitor: Monitor) -> Sandbox:
         uuid = str(uuids.uuid4())
         name = asked.name or f"s-{uuid[:8]}"
         folder = SessionFolder(layout, name)
@@ -318,5 +313,3 @@ class Sandbox:
 
 def _import_ssh() -> None:
     import vmsandbox.guest.ssh  # noqa: F401
-
-

@@ -75,9 +75,7 @@ def _apparmor(host: Examined, title: str) -> CheckResult:
             host.programs.run(["systemctl", "reload", "apparmor"], timeout=60)
         return f"added {len(missing)} lines to {APPARMOR_RULES}"
 
-    remedy = f"add these lines to {APPARMOR_RULES}, then `sudo systemctl reload apparmor`:\n" + "\n".join(
-        missing
-    )
+    remedy = f"add these lines to {APPARMOR_RULES}, then `sudo systemctl reload apparmor`:\n" + "\n".join(missing)
     found = f"AppArmor, but {APPARMOR_RULES} does not let QEMU open its guests' memory files"
     fix = add_rules if host.is_root else None
     return CheckResult("confinement", title, Status.FAIL, found, remedy, fix=fix)

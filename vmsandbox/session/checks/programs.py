@@ -43,9 +43,7 @@ def _qemu(host: Examined) -> CheckResult:
     needed = ".".join(map(str, OLDEST_QEMU))
     if host.programs.find(EMULATOR) is None:
         packages = ("qemu-system-x86",)
-        return CheckResult(
-            "qemu", title, Status.FAIL, f"{EMULATOR} is not installed", install_line(packages), packages
-        )
+        return CheckResult("qemu", title, Status.FAIL, f"{EMULATOR} is not installed", install_line(packages), packages)
     try:
         said = host.programs.run([EMULATOR, "--version"], timeout=10).text
     except HostError as error:
@@ -59,9 +57,7 @@ def _qemu(host: Examined) -> CheckResult:
     return CheckResult("qemu", title, Status.OK, found[0])
 
 
-def _present(
-    host: Examined, check: str, title: str, wanted: dict[str, str], otherwise: Status
-) -> CheckResult:
+def _present(host: Examined, check: str, title: str, wanted: dict[str, str], otherwise: Status) -> CheckResult:
     """Whether programs (name → Debian package) are installed."""
     missing = [name for name in wanted if host.programs.find(name) is None]
     if not missing:

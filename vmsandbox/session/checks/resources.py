@@ -42,11 +42,7 @@ def _disk(host: Examined) -> CheckResult:
     free, place = min(rooms)
     found = f"{free / GIB:.1f} GiB free at {place}"
     status = Status.OK if free >= ENOUGH_DISK else Status.WARN if free >= LEAST_DISK else Status.FAIL
-    remedy = (
-        ""
-        if status is Status.OK
-        else "make room (6 GiB), `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
-    )
+    remedy = "" if status is Status.OK else "make room (6 GiB), `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
     return CheckResult("disk", "disk space", status, found, remedy)
 
 
