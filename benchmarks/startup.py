@@ -205,7 +205,8 @@ class Bench:
             return copy
         new_sparse(copy, root.stat().st_size)
         fill_sparse(root, copy)
-        lines = ["cd /var/lib/cloud", "mkdir seed", "cd seed", "mkdir nocloud", "cd nocloud"]
+        nocloud = "/var/lib/cloud/seed/nocloud"
+        lines = ["mkdir /var/lib/cloud", "mkdir /var/lib/cloud/seed", f"mkdir {nocloud}", f"cd {nocloud}"]
         for key, data in seed.items():
             (self.work / key).write_bytes(data)
             lines.append(f"write {self.work / key} {key}")

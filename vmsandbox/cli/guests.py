@@ -14,7 +14,7 @@ import typer
 
 from vmsandbox.cli.complete import session_names
 from vmsandbox.cli.output import guest_command, guest_output, make_monitor, print_json
-from vmsandbox.errors import UserInputError, VmsandboxError
+from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
@@ -167,6 +167,7 @@ def stop(
     """End guests and remove everything of them but their records."""
     from vmsandbox.session.folder import live_sessions
     from vmsandbox.session.sandbox import Sandbox
+    from vmsandbox.session.teardown import remove_damaged
 
     layout = Layout.from_environment()
     chosen = [folder.name for folder in live_sessions(layout)] if everything else names or []
@@ -174,7 +175,10 @@ def stop(
         raise UserInputError("which session?", resolution="vmsandbox stop NAME, or --all; `vmsandbox ls` lists them")
     problems = []
     for one in chosen:
-        left = Sandbox.attach(one, layout=layout).close("stopped")
+        try:
+            left = Sandbox.attach(one, layout=layout).close("stopped")
+        except HostError:
+            left = remove_damaged(layout, one)
         problems += [f"{one}: {item}" for item in left]
     if problems:
         raise VmsandboxError(

@@ -51,10 +51,10 @@ class Host:
 
     @classmethod
     def open(cls, uri: str | None = None) -> Host:
-        """Connect. Raises HostError with the way to start the daemon."""
+        """Connect; a daemon that is being restarted gets a second. Raises HostError with the way to start it."""
         where = uri or default_uri()
         try:
-            return cls(where, libvirt.open(where))
+            return cls(where, _open_patiently(where))
         except libvirt.libvirtError as error:
             raise HostError(
                 f"libvirt does not answer at {where}",
@@ -213,6 +213,22 @@ class Host:
             return call()
         except libvirt.libvirtError as error:
             raise HostError(f"{doing} failed", details=str(error)) from error
+
+
+def _open_patiently(uri: str) -> Any:
+    try:
+        return libvirt.open(uri)
+    except libvirt.libvirtError:
+        # Imported only now: a daemon that answers, the usual case, should not pay for it.
+        import tenacity
+
+        retry = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(libvirt.libvirtError),
+            stop=tenacity.stop_after_delay(1),
+            wait=tenacity.wait_fixed(0.25),
+            reraise=True,
+        )
+        return retry(libvirt.open, uri)
 
 
 def versions_text(version: Sequence[int]) -> str:

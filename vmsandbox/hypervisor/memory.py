@@ -95,14 +95,15 @@ def _sealed(
     filling: _Background | None = None
     if fd is None:
         fd = os.memfd_create("vmsandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        stack.callback(os.close, fd)  # before the filling: it is closed only when that has ended
         os.ftruncate(fd, template.ram.stat().st_size)
         sealed_fd = fd
         # The lock is kept until it is sealed: forks started at the same moment wait a tenth of a second and share it.
         filling = _Background(lambda: _fill_and_seal(template.ram, sealed_fd, lock))
         stack.callback(filling.finish)
     else:
+        stack.callback(os.close, fd)
         fcntl.flock(lock, fcntl.LOCK_UN)
-    stack.callback(os.close, fd)
     info = os.fstat(fd)
     record = {"template": template.key, "pid": os.getpid(), "device": info.st_dev, "inode": info.st_ino}
     (folder.parent / RECORD).write_text(json.dumps(record))

@@ -65,6 +65,29 @@ def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
         host.close()
 
 
+def remove_damaged(layout: Layout, name: str) -> list[str]:
+    """Remove a session whose record cannot be read; its guest is found by the home in its metadata and its name."""
+    from vmsandbox.hypervisor.connection import Host
+    from vmsandbox.hypervisor.fork import DOMAIN_PREFIX
+    from vmsandbox.render.domain import METADATA_NS
+
+    folder = SessionFolder(layout, name)
+    left: list[str] = []
+    host = Host.open()
+    try:
+        for domain in host.list_sessions(METADATA_NS):
+            # a domain's name is "vmsandbox-<session>-<six hexadecimal digits>"
+            if domain.home == str(layout.live) and domain.name[len(DOMAIN_PREFIX) : -7] == name:
+                host.destroy(domain.uuid)
+        for path in (folder.run, folder.path):
+            _remove(path)
+    except (VmsandboxError, OSError) as error:
+        left.append(str(error))
+    finally:
+        host.close()
+    return left
+
+
 def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
     """True if the session's own QEMU process was there and is gone. Its UUID must be on its command line."""
     with suppress(OSError, ValueError):
