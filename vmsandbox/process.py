@@ -124,16 +124,19 @@ class Programs:
 
         Yields its pid. A process may look into /proc/PID/fd only of its own user's processes.
         """
-        child = subprocess.Popen(
-            [self.find("cat") or "/bin/cat"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={},
-            pass_fds=(fd,),
-            user=user[0],
-            group=user[1],
-            extra_groups=(),
-        )
+        try:
+            child = subprocess.Popen(
+                ["/bin/cat"],  # not the one on PATH, which may lie where this user cannot look
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env={},
+                pass_fds=(fd,),
+                user=user[0],
+                group=user[1],
+                extra_groups=(),
+            )
+        except OSError as error:
+            raise HostError("/bin/cat could not be started", details=str(error)) from error
         try:
             yield child.pid
         finally:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 
 import typer
@@ -33,6 +34,7 @@ app.add_typer(images.app, name="image", help="Build, list, verify and remove ima
 
 # UsageError of click, which older versions of typer import and newer ones have their own copy of.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -45,8 +47,9 @@ class Interrupted(BaseException):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for number in _INTERRUPTIONS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
+            signal.signal(number, _interrupt)
     arguments = list(sys.argv[1:] if argv is None else argv)
     sys.exit(_run(arguments))
 
@@ -73,9 +76,18 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain when it flushes stdout
         return 128 + signal.SIGPIPE
+    except Exception:
+        # A defect of ours; Python's own status 1 would look like the command's.
+        traceback.print_exc()
+        return EXIT_OWN_FAILURE
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
+    # Once: a second Ctrl-C must not break off the cleaning up that the first one began.
+    for each in _INTERRUPTIONS:
+        signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise Interrupted(number)
 
 

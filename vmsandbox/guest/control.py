@@ -125,7 +125,7 @@ def connect_ssh(path: Path, deadline: float) -> socket.socket:
     until = time.monotonic() + deadline
     patience = 2.0  # longer each time: a slow guest must get to its greeting
     while True:
-        sock = connect_unix(path, max(until - time.monotonic(), 0.1))
+        sock = connect_unix(path, min(max(until - time.monotonic(), 0.1), 5))
         try:
             untrusted = _peek(sock, min(patience, until - time.monotonic()))
             if untrusted.startswith(_GREETING):

@@ -49,12 +49,12 @@ def join_streams(channel: Any, stdin: int | None, stdout: Sink, stderr: Sink) ->
                     break
             else:
                 wait_readable(channel, 0.2)
-    if not channel.exit_status_ready():
+    status: int = channel.recv_exit_status()
+    if status < 0:  # paramiko's value where no status came: the channel is closed, but the command did not say how
         raise GuestError(
             "the connection to the guest broke before the command ended",
             resolution="`vmsandbox ls` shows whether the guest still runs",
         )
-    status: int = channel.recv_exit_status()
     return status
 
 

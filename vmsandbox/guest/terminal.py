@@ -53,9 +53,9 @@ def run_terminal(channel: Any) -> int:
         signal.signal(signal.SIGWINCH, old_handler)
         with suppress(OSError):
             os.write(stdout, _RESTORE)
-    if not channel.exit_status_ready():
-        raise GuestError("the connection to the guest broke", resolution="`vmsandbox ls` shows whether it runs")
     status: int = channel.recv_exit_status()
+    if status < 0:  # none came
+        raise GuestError("the connection to the guest broke", resolution="`vmsandbox ls` shows whether it runs")
     return status
 
 

@@ -97,8 +97,9 @@ class Sandbox:
         asked.check()
         where = layout or Layout.from_environment()
         listener = monitor or Monitor()
-        importing = threading.Thread(target=_import_ssh, daemon=True)
-        importing.start()  # 0.2 s of imports, while libvirt and QEMU are at work
+        # 0.2 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
+        # tear it out of compiled code, which aborts ("FATAL: exception not rethrown", status 134).
+        threading.Thread(target=_import_ssh).start()
         runner = programs or Programs()
         host = Host.open()
         try:
