@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from vmsandbox.image import recipe
 from vmsandbox.image.build import build_image
 from vmsandbox.image.manifest import Image
 from vmsandbox.image.recipe import Recipe
 from vmsandbox.image.store import ImageStore
 from vmsandbox.monitor import Monitor
-from vmsandbox.paths import Layout
+from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
 
 pytestmark = [
@@ -112,7 +113,7 @@ def test_a_killed_builder_leaves_nothing_that_prune_does_not_remove(home: Path, 
     assert ImageStore(layout).find("minimal") == image
 
 
-def _build_as_somebody(folder: Path, ids: Path) -> None:
+def _build_as_somebody(folder: Path, ids: Path, scripts: Path) -> None:
     """In a child process: give the user sub-ids in a mount namespace of its own, become that user, build."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(CLONE_NEWNS) == 0
@@ -123,6 +124,7 @@ def _build_as_somebody(folder: Path, ids: Path) -> None:
     os.setresgid(SOMEBODY, SOMEBODY, SOMEBODY)
     os.setresuid(SOMEBODY, SOMEBODY, SOMEBODY)
     os.environ.update(HOME=str(folder), USER="somebody", LOGNAME="somebody")
+    recipe.resource_folder = lambda _name: scripts  # type: ignore[assignment]
     build_image(MINIMAL, layout_in(folder), Programs(), Monitor())
 
 
@@ -138,13 +140,14 @@ def test_an_ordinary_user_builds_the_same_image_in_a_private_home(home: Path, im
         group.write(f"somebody:x:{SOMEBODY}:\n")
     for name in ("subuid", "subgid"):
         (ids / name).write_text("somebody:900000:65536\n")
+    scripts = shutil.copytree(resource_folder("images"), home / "scripts")  # the checkout may be in /root
     private.mkdir(mode=0o700)
     shutil.copytree(home / "cache" / "packages", private / "cache" / "packages")
     for path in (private, *private.rglob("*")):
         os.chown(path, SOMEBODY, SOMEBODY)
     before = set(Path("/var/tmp").glob("vmsandbox-build-*"))
 
-    child = multiprocessing.get_context("fork").Process(target=_build_as_somebody, args=(private, ids))
+    child = multiprocessing.get_context("fork").Process(target=_build_as_somebody, args=(private, ids, scripts))
     child.start()
     child.join()
     assert child.exitcode == 0

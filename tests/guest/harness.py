@@ -1,0 +1,235 @@
+"""How the guest tests drive the program: its command line as a process, guests they may break, and a look at
+what is left on the host afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.paths import Layout
+from vmsandbox.render.domain import METADATA_NS
+from vmsandbox.session.folder import SessionFolder, SessionInfo
+
+PROGRAM = [sys.executable, "-m", "vmsandbox"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT = 120.0  # seconds for one command; a fork takes two or three under emulation
+
+
+@dataclass
+class Cli:
+    """Runs `vmsandbox` with a home of the tests' own."""
+
+    home: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.from_environment({"VMSANDBOX_HOME": str(self.home)})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {
+            "VMSANDBOX_HOME": str(self.home),
+            "VMSANDBOX_ALLOW_EMULATION": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            "NO_COLOR": "1",
+        }
+        return {name: value for name, value in {**os.environ, **own, **self.env}.items() if value != ""}
+
+    def __call__(
+        self,
+        *words: str | Path,
+        stdin: bytes = b"",
+        status: int | None = 0,
+        timeout: float = TIMEOUT,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run one command line to its end; its status must be `status` (None: any)."""
+        done = subprocess.run(
+            [*PROGRAM, *map(str, words)],
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            env=self.environment,
+            cwd=cwd or "/",
+        )
+        if status is not None:
+            assert done.returncode == status, (
+                f"{words}: status {done.returncode}\n{done.stdout[-2000:]!r}\n"
+                f"{done.stderr.decode(errors='replace')[-4000:]}"
+            )
+        return done
+
+    def json(self, *words: str | Path, **options: Any) -> Any:
+        """The JSON document that a command prints."""
+        at = words.index("--") if "--" in words else len(words)
+        return json.loads(self(*words[:at], "--json", *words[at:], **options).stdout)
+
+    def start(self, *words: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+        """Start one command line and go on; it leads a process group of its own, as from a shell."""
+        return subprocess.Popen(
+            [*PROGRAM, *map(str, words)],
+            stdin=options.pop("stdin", subprocess.DEVNULL),
+            stdout=options.pop("stdout", subprocess.PIPE),
+            stderr=options.pop("stderr", subprocess.PIPE),
+            env=self.environment,
+            cwd="/",
+            start_new_session=True,
+            **options,
+        )
+
+    def guest(self, name: str) -> Guest:
+        """A guest that runs already."""
+        return Guest(self, name)
+
+
+@dataclass
+class Guest:
+    """One running session."""
+
+    cli: Cli
+    name: str
+
+    @property
+    def folder(self) -> SessionFolder:
+        return SessionFolder(self.cli.layout, self.name)
+
+    @property
+    def info(self) -> SessionInfo:
+        return self.folder.info()
+
+    @property
+    def qemu(self) -> int:
+        """The process id of its QEMU."""
+        return int((self.folder.path / "qemu.pid").read_text())
+
+    def exec(
+        self, *words: str, stdin: bytes = b"", status: int | None = 0, timeout: float = TIMEOUT
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command through `vmsandbox exec`."""
+        return self.cli("exec", self.name, "--", *words, stdin=stdin, status=status, timeout=timeout)
+
+    def sh(self, script: str, *words: str, **options: Any) -> str:
+        """stdout of a shell script in the guest, stripped."""
+        return self.exec("sh", "-c", script, "sh", *words, **options).stdout.decode().strip()
+
+    def journal(self) -> list[dict[str, Any]]:
+        return self.folder.journal(self.info.id).read()
+
+    def stop(self) -> None:
+        self.cli("stop", self.name, status=None)
+
+
+ROOT_SERVER = """
+import json, os, socket, subprocess
+server = socket.socket(socket.AF_UNIX)
+server.bind("/run/test-root")
+os.chmod("/run/test-root", 0o666)
+server.listen(8)
+while True:
+    peer, _ = server.accept()
+    with peer, peer.makefile("rwb") as stream:
+        script = json.loads(stream.readline())
+        done = subprocess.run(["bash", "-c", script], stdin=subprocess.DEVNULL, capture_output=True)
+        answer = [done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")]
+        stream.write(json.dumps(answer).encode() + b"\\n")
+"""
+
+ROOT_CLIENT = """
+import json, socket, sys
+peer = socket.socket(socket.AF_UNIX)
+peer.connect("/run/test-root")
+stream = peer.makefile("rwb")
+stream.write(json.dumps(sys.argv[1]).encode() + b"\\n")
+stream.flush()
+sys.stdout.write(stream.readline().decode())
+"""
+
+
+@dataclass
+class RootedGuest(Guest):
+    """A guest whose template has, for tests only, a service that lets the worker act as root."""
+
+    def root(self, script: str, *, check: bool = True, timeout: float = TIMEOUT) -> str:
+        """stdout of a script that the guest's root runs."""
+        done = self.exec("python3", "-c", ROOT_CLIENT, script, timeout=timeout)
+        status, stdout, stderr = json.loads(done.stdout)
+        assert status == 0 or not check, f"{script}: status {status}: {stderr}"
+        return str(stdout).strip()
+
+
+def leftovers(home: Path) -> set[str]:
+    """Everything of this installation that is alive or lies about, in words."""
+    layout = Layout.from_environment({"VMSANDBOX_HOME": str(home)})
+    found = set()
+    for folder, pattern in ((layout.live, "*"), (layout.run, "*"), (layout.templates, ".making-*")):
+        found |= {f"{folder.name}/{path.name}" for path in folder.glob(pattern)}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            if b"qemu-system" in command.split(b"\0")[0] and os.fsencode(home) + b"/" in command:
+                found.add(f"QEMU {process.name}")
+            elif process.stat().st_uid >= 0x70000000 and command.startswith((b"cat\0", b"/bin/cat", b"/usr/bin/cat")):
+                found.add(f"keeper {process.name}")
+        except OSError:
+            continue
+    host = Host.open()
+    try:
+        for domain in host.list_sessions(METADATA_NS):
+            if Path(domain.home).parent == home:
+                found.add(f"domain {domain.name}")
+    finally:
+        host.close()
+    return found
+
+
+def new_leftovers(home: Path, before: set[str], patience: float = 15) -> set[str]:
+    """What is there now and was not before; libvirt and PID 1 may take some seconds to notice an end."""
+    until = time.monotonic() + patience
+    while (left := leftovers(home) - before) and time.monotonic() < until:
+        time.sleep(0.3)
+    return left
+
+
+def ended(process: subprocess.Popen[bytes], timeout: float = 60) -> tuple[int, bytes, bytes]:
+    """(status, stdout, stderr) of a started command; killed with its group if it does not end."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, out or b"", err or b""
+
+
+def wait_for(condition: Any, timeout: float = 60, every: float = 0.02) -> Any:
+    """What `condition()` returns as soon as it is true; AssertionError after `timeout` seconds."""
+    until = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < until, f"not within {timeout} seconds: {condition}"
+        time.sleep(every)
+    return value
+
+
+def make_tree(root: Path, files: dict[str, bytes | str]) -> Path:
+    """A folder with these files (path → content)."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def words_of(path: Path) -> Sequence[str]:
+    """The NUL-separated words of a file in /proc."""
+    return path.read_bytes().rstrip(b"\0").decode().split("\0")

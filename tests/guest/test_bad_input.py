@@ -1,0 +1,187 @@
+"""What is missing or wrong: a clear error, the right status, and nothing left (`nothing_left` looks after each)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Cli, Guest, new_leftovers
+
+from vmsandbox.errors import GuestError
+from vmsandbox.hypervisor import template as template_module
+from vmsandbox.render.domain import DomainPlan, render_domain
+from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.sandbox import Sandbox
+
+
+@pytest.fixture
+def other_home(cli: Cli) -> Iterator[Cli]:
+    """A second home that borrows the first one's image and templates; a test may replace them."""
+    folder = Path(tempfile.mkdtemp(prefix="vmsb-", dir=cli.home.parent))
+    folder.chmod(0o711)
+    for name in ("images", "templates", "cache"):
+        (folder / name).symlink_to(cli.home / name)
+    yield Cli(folder)
+    left = new_leftovers(folder, set())
+    shutil.rmtree(folder)
+    assert not left
+
+
+def refused(done: subprocess.CompletedProcess[bytes], *says: str) -> None:
+    text = done.stderr.decode()
+    assert "Traceback" not in text
+    for word in says:
+        assert word in text, text
+
+
+def test_a_name_in_use(guest: Guest) -> None:
+    refused(guest.cli("start", "--empty", "--name", guest.name, status=125), "exists already", "vmsandbox stop shared")
+    assert guest.exec("echo", "still here").stdout == b"still here\n"
+
+
+@pytest.mark.parametrize("name", ["Bad", "a b", "../x", "-n", "x" * 41])
+def test_a_name_that_is_none(cli: Cli, name: str) -> None:
+    refused(cli("start", "--empty", f"--name={name}", status=125), "not a session name")
+
+
+def test_an_image_that_is_not_there(cli: Cli) -> None:
+    refused(cli("session", "--empty", "--image", "nothing", "--", "true", status=125), "nothing")
+    refused(cli("session", "--empty", "--image", "../../etc", "--", "true", status=125), "image name")
+
+
+def test_a_bad_recipe(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("name: bad\npackages: 7\nno_such_key: 1\n")
+    refused(cli("image", "build", recipe, status=125), "bad.yaml")
+
+
+def test_emulation_without_leave_is_refused_and_with_it_is_stamped(cli: Cli, guest: Guest) -> None:
+    if guest.info.grade != "emulated":
+        pytest.skip("KVM works here")
+    strict = Cli(cli.home, {"VMSANDBOX_ALLOW_EMULATION": ""})
+    done = strict("session", "--empty", "--", "true", status=126)
+    refused(done, "not a security boundary", "--allow-emulation")
+    done = strict("session", "--empty", "--allow-emulation", "--", "true")
+    refused(done, "NOT a security boundary", "isolation grade was 'emulated'")
+    (row,) = [row for row in cli.json("ls") if row["name"] == guest.name]
+    assert row["grade"] == "emulated" and row["state"] == "running"
+    (event,) = [event for event in guest.journal() if event["kind"] == "guest.isolation"]
+    assert event["data"]["grade"] == "emulated"
+    assert event["data"]["checks"]["seccomp"].startswith("ok") and event["data"]["checks"]["not_root"].startswith("ok")
+
+
+def test_no_libvirt(cli: Cli) -> None:
+    nowhere = Cli(cli.home, {"VMSANDBOX_LIBVIRT_URI": "qemu+unix:///system?socket=/nonexistent/sock"})
+    refused(nowhere("session", "--empty", "--", "true", status=125), "libvirt does not answer", "doctor --fix")
+
+
+def test_no_qemu(cli: Cli, tmp_path: Path) -> None:
+    """A PATH with everything but QEMU's programs."""
+    for folder in ("/usr/bin", "/bin"):
+        for program in Path(folder).iterdir():
+            if not program.name.startswith(("qemu", "kvm")) and not (tmp_path / program.name).is_symlink():
+                (tmp_path / program.name).symlink_to(program)
+    without = Cli(cli.home, {"PATH": str(tmp_path)})
+    done = without("session", "--empty", "--", "true", status=125)
+    refused(done, "not installed", "doctor")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk(other_home: Cli) -> None:
+    live = other_home.home / "live"
+    live.mkdir(mode=0o711)
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0711", "none", live], capture_output=True
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        done = other_home("session", "--empty", "--name", "full", "--", "true", status=125)
+        refused(done, "No space left on device")
+        assert list(live.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", live], check=True)
+
+
+def flip_byte(path: Path, at: int) -> None:
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["ram", "state", "disk.qcow2", "initrd"])
+def test_a_template_with_one_byte_changed_is_refused(other_home: Cli, guest: Guest, name: str) -> None:
+    original = guest.cli.layout.templates / guest.info.template
+    templates = other_home.home / "templates"
+    templates.unlink()
+    copy = templates / original.name
+    templates.mkdir(mode=0o711)
+    if name == "ram":  # this one also shows that a copy as such is accepted
+        subprocess.run(["cp", "-a", "--sparse=always", original, copy], check=True)
+        other_home("session", "--empty", "--", "true")
+    else:
+        copy.mkdir()
+        for file in original.iterdir():  # links, so that the large files are not copied again
+            if file.name in (name, "manifest.json"):
+                shutil.copy(file, copy)
+            else:
+                os.link(file, copy / file.name)
+    flip_byte(copy / name, copy.joinpath(name).stat().st_size // 2)
+    done = other_home("session", "--empty", "--", "true", status=125)
+    refused(done, "was changed after it was made", "gc --templates")
+
+
+@pytest.mark.parametrize("name", ["kernel", "initrd"])
+def test_an_image_with_one_byte_changed_is_refused(other_home: Cli, guest: Guest, name: str) -> None:
+    info = guest.info
+    original = guest.cli.layout.images / info.image / info.image_digest[:16]
+    manifest = json.loads((original / "manifest.json").read_text())
+    (other_home.home / "cache").unlink()
+    shutil.copytree(guest.cli.layout.cache, other_home.home / "cache", ignore=lambda *_: ["packages"])
+    (other_home.home / "images").unlink()
+    copy = other_home.home / "images" / info.image / original.name
+    copy.mkdir(parents=True)
+    (copy.parent / "current").symlink_to(original.name)
+    (victim,) = [
+        path.name
+        for path in original.iterdir()
+        if path.name.startswith(("vmlinuz", "kernel") if name == "kernel" else "initr")
+    ]
+    assert victim in json.dumps(manifest)
+    for file in original.iterdir():
+        shutil.copy(file, copy) if file.name in (victim, "manifest.json") else os.link(file, copy / file.name)
+    flip_byte(copy / victim, 1000)
+    refused(other_home("session", "--empty", "--", "true", status=125), "not what the manifest says")
+    refused(other_home("image", "verify", info.image, status=125), "not what the manifest says")
+
+
+def test_a_guest_that_panics_shows_its_last_words(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_root(plan: DomainPlan) -> str:
+        return render_domain(dataclasses.replace(plan, cmdline="console=ttyS0 panic=-1 rdinit=/nonexistent"))
+
+    monkeypatch.setattr(template_module, "render_domain", without_root)
+    with pytest.raises(GuestError) as error:
+        Sandbox.open(request=SessionRequest(allow_emulation=True, memory_mib=304), layout=cli.layout)
+    assert "did not come up" in error.value.brief
+    assert "Kernel panic" in error.value.details, error.value.details
+
+
+def test_a_guest_that_never_comes_up_is_given_up(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hanging(plan: DomainPlan) -> str:
+        return render_domain(dataclasses.replace(plan, cmdline="console=ttyS0 panic=0 rdinit=/nonexistent"))
+
+    monkeypatch.setattr(template_module, "render_domain", hanging)
+    monkeypatch.setattr(template_module, "BOOT_DEADLINE", 8)
+    with pytest.raises(GuestError) as error:
+        Sandbox.open(request=SessionRequest(allow_emulation=True, memory_mib=304), layout=cli.layout)
+    assert "within" in error.value.details or "did not answer" in error.value.details
+    assert "--- the end of its console ---" in error.value.details

@@ -1,0 +1,127 @@
+"""`exec`: a command's streams, status and arguments are its own, and nothing of them is syntax."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Cli, Guest, ended, wait_for
+
+
+def test_stdout_and_stderr_stay_apart(guest: Guest) -> None:
+    done = guest.exec("sh", "-c", "echo out; echo err >&2")
+    assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 255", 255), ("kill -TERM $$", 143), ("kill -KILL $$", 137)])
+def test_the_status_is_the_commands_own(guest: Guest, script: str, status: int) -> None:
+    guest.exec("sh", "-c", script, status=status)
+
+
+def test_a_command_that_is_not_there(guest: Guest) -> None:
+    assert b"no-such-program" in guest.exec("no-such-program", status=127).stderr
+
+
+WORDS = [
+    "", " ", "a b", "'", '"', "$(id)", "`id`", "a\nb", "\\", "*", "~", "-oProxyCommand=touch /tmp/x", "--", ";id",
+    "$HOME", "!!", "\t", "ü€😀", "\x1b[31m", "-c", "&&", "#",
+]  # fmt: skip
+
+
+def test_arguments_are_data(guest: Guest) -> None:
+    done = guest.exec("printf", "%s\\0", *WORDS)
+    assert done.stdout.decode().split("\0") == [*WORDS, ""]
+
+
+def test_the_programs_own_name_is_data_too(guest: Guest) -> None:
+    guest.exec("-oProxyCommand=$(touch /tmp/oops);touch /tmp/oops", status=127)
+    guest.exec("test", "!", "-e", "/tmp/oops")
+
+
+def test_the_working_folder_is_the_project(guest: Guest) -> None:
+    assert guest.exec("pwd").stdout == b"/home/claude-worker/projects/demo\n"
+
+
+def test_stdin_passes_twenty_binary_megabytes_there_and_back(guest: Guest) -> None:
+    data = os.urandom(20 << 20)
+    done = guest.exec("cat", stdin=data)
+    assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(data).digest()
+
+
+def test_a_command_that_does_not_read_its_stdin_still_ends(guest: Guest) -> None:
+    began = time.monotonic()
+    guest.exec("true", stdin=bytes(20 << 20))
+    assert time.monotonic() - began < 30
+
+
+def test_an_open_stdin_does_not_hold_a_command_that_ended(guest: Guest) -> None:
+    process = guest.cli.start("exec", guest.name, "--", "true", stdin=subprocess.PIPE)
+    wait_for(lambda: process.poll() is not None, 20)
+    assert ended(process)[0] == 0
+
+
+def test_a_flood_is_throttled_and_costs_no_memory(guest: Guest) -> None:
+    """Nobody reads our stdout: the guest has to wait, and we must not collect what it writes."""
+    process = guest.cli.start("exec", guest.name, "--", "cat", "/dev/zero")
+    try:
+        time.sleep(4)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident = int(status.split("VmRSS:")[1].split()[0])
+        assert resident < 120 * 1024, f"{resident} KiB"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_all_ports_in_use_is_a_clear_error(fork: Callable[..., Guest]) -> None:
+    guest = fork("--empty", "--ssh-ports", "6")
+    holding = [guest.cli.start("exec", guest.name, "--", "sleep", "60") for _ in range(6)]
+    try:
+        locked = [f"port.{number}" for number in range(6)]
+        wait_for(lambda: all((guest.folder.path / name).exists() for name in locked))
+        started = sum(event["kind"] == "command.started" for event in guest.journal())
+        assert started == 6
+        time.sleep(0.5)
+        done = guest.exec("true", status=125)
+        assert b"all 6 SSH ports" in done.stderr and b"--ssh-ports" in done.stderr
+    finally:
+        for process in holding:
+            process.kill()
+            process.communicate()
+    # A client that was killed gives its port back.
+    assert guest.exec("echo", "again").stdout == b"again\n"
+
+
+def test_several_at_once(guest: Guest) -> None:
+    answers: dict[int, bytes] = {}
+
+    def one(number: int) -> None:
+        answers[number] = guest.exec("sh", "-c", f"sleep 1; echo {number}").stdout
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: b"%d\n" % number for number in range(4)}
+
+
+def test_ctrl_c_interrupts_the_command_in_the_guest_too(fork: Callable[..., Guest]) -> None:
+    guest = fork()
+    process = guest.cli.start("exec", guest.name, "--", "sleep", "12345")
+    wait_for(lambda: guest.exec("pgrep", "-f", "^sleep 12345", status=None).returncode == 0, every=0.2)
+    os.killpg(process.pid, 2)
+    assert ended(process)[0] == 130
+    assert guest.exec("pgrep", "-f", "^sleep 12345", status=None).returncode == 1
+
+
+def test_exec_without_a_command_and_of_an_unknown_session(cli: Cli) -> None:
+    assert b"there is no session named" in cli("exec", "nobody", "--", "true", status=125).stderr
+    assert b"not a session name" in cli("exec", "../../etc", "--", "true", status=125).stderr
+    assert b"which command" in cli("exec", "nobody", status=125).stderr

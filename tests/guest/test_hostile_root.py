@@ -1,0 +1,144 @@
+"""The guest's root does its worst: image, template and the next session are as if it had not been there."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import RootedGuest, words_of
+
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.files import sha256_of
+
+
+def digests(guest: RootedGuest) -> dict[str, str]:
+    """SHA-256 of every file that sessions share."""
+    layout, info = guest.cli.layout, guest.info
+    template = layout.templates / info.template
+    image = layout.images / info.image / info.image_digest[:16]
+    return {str(path): sha256_of(path) for folder in (template, image) for path in folder.iterdir() if path.is_file()
+            and path.name != "manifest.json"}  # fmt: skip
+
+
+def test_root_writes_all_over_and_the_next_fork_is_clean(rooted: Callable[[], RootedGuest]) -> None:
+    guest = rooted()
+    assert guest.root("id -u") == "0", "or the test shows nothing"
+    before = digests(guest)
+    guest.root("echo marked-by-root > /etc/marked; sync; echo 3 > /proc/sys/vm/drop_caches")
+    # Memory: fill nearly all of it with a pattern, so that pages of the template are overwritten.
+    guest.root("mkdir -p /mnt/m; mount -t tmpfs -o size=90% m /mnt/m; yes HOSTILE | head -c 150M > /mnt/m/fill; true")
+    # Balloon: what QEMU blanks when a guest gives pages back.
+    host = Host.open()
+    try:
+        host.qmp(guest.info.uuid, "balloon", {"value": 200 << 20})
+        time.sleep(2)
+        host.qmp(guest.info.uuid, "balloon", {"value": 512 << 20})
+    finally:
+        host.close()
+    # Disk: a qcow2 header that names a file of the host, over the file system's start, then everything else.
+    header = "514649fb00000003000000000000002000000000000b" + "00" * 10 + "2f6574632f736861646f77"
+    guest.root(f"python3 -c \"open('/dev/vda','r+b').write(bytes.fromhex('{header}'))\"")
+    guest.root("dd if=/dev/urandom of=/dev/vda bs=1M seek=1 count=24 conv=notrunc,fsync 2>&1", check=False)
+    assert digests(guest) == before
+    fresh = rooted()
+    assert fresh.root("cat /etc/marked 2>&1; true").endswith("No such file or directory")
+    assert fresh.root("head -c 4 /dev/vda | od -An -tx1") == "00 00 00 00"
+    assert fresh.root("grep -c HOSTILE /proc/mounts; true") == "0"
+    # The old one is stopped and looked for, with its disk full of lies: nothing on the host probes it.
+    guest.stop()
+    assert not guest.folder.path.exists()
+    fresh.cli("image", "verify", fresh.info.image)
+
+
+def test_no_tool_of_the_host_guesses_a_format(rooted: Callable[[], RootedGuest]) -> None:
+    """Each file of the disk's chain is named with its format, so a header that the guest wrote means nothing."""
+    guest = rooted()
+    words = words_of(Path(f"/proc/{guest.qemu}/cmdline"))
+    nodes = [json.loads(word) for word in words if word.startswith('{"') and '"driver"' in word and "node-name" in word]
+    formats = {node["node-name"]: node for node in nodes}
+    top = [node for node in nodes if node["node-name"].endswith("-format")]
+    assert sorted(node["driver"] for node in top) == ["qcow2", "qcow2", "raw"]
+    for node in top:
+        if node["driver"] == "raw" or "backing" in node:
+            continue
+        raise AssertionError(f"QEMU would look for its own backing file: {node}")
+    assert formats
+
+
+def test_root_cannot_flood_the_host_through_its_console(rooted: Callable[[], RootedGuest]) -> None:
+    guest = rooted()
+    before = _size(guest.folder.path) + _size(guest.folder.run)
+    resident = _resident(guest.qemu)
+    guest.root(
+        "timeout 5 sh -c 'cat /dev/zero > /dev/ttyS0 & cat /dev/urandom > /dev/hvc0 2>/dev/null & wait'; true",
+        check=False,
+    )
+    assert _size(guest.folder.path) + _size(guest.folder.run) - before < 64 << 20
+    assert _resident(guest.qemu) - resident < 300 << 10, "KiB"
+    assert guest.root("echo answers") == "answers"
+
+
+def test_root_cannot_lie_about_its_files_beyond_its_own_session(rooted: Callable[[], RootedGuest]) -> None:
+    """The program that reports changes is replaced: what it says is refused, and the terminal is not driven."""
+    guest = rooted()
+    guest.cli("push", guest.name, Path(__file__).parent)
+    program = "/usr/lib/vmsandbox/vmsandbox-manifest"
+    for lie, problem in (
+        (r"""printf '{"path":"../../x","kind":"dir","mode":493}\n{"entries":1}\n'""", "malformed"),
+        (r"printf '\033]52;c;eA==\007\n'", "malformed"),
+        ("true", "cut off"),
+    ):
+        script = base64.b64encode(f"#!/bin/sh\n{lie}\n".encode()).decode()
+        guest.root(f"echo {script} | base64 -d > {program}; chmod 755 {program}")
+        done = guest.cli("changes", guest.name, status=125)
+        assert problem in done.stderr.decode()
+        assert b"\x1b" not in done.stderr + done.stdout
+    guest.root(f"printf '#!/bin/sh\\nexec cat /dev/zero\\n' > {program}")
+    began = time.monotonic()
+    done = guest.cli("changes", guest.name, status=125, timeout=100)
+    assert b"line of more than" in done.stderr and time.monotonic() - began < 60
+
+
+def test_root_cannot_bring_a_network_card_up_or_reach_the_host(rooted: Callable[[], RootedGuest]) -> None:
+    guest = rooted()
+    guest.root(
+        "ip link add dummy0 type dummy && ip addr add 10.0.2.15/24 dev dummy0 && ip link set dummy0 up", check=False
+    )
+    for address in ("10.0.2.2", "192.168.122.1", "169.254.169.254"):
+        guest.root(f"! timeout 3 bash -c 'echo > /dev/tcp/{address}/22'")
+    vsock = "import socket; s = socket.socket(socket.AF_VSOCK); s.settimeout(3); s.connect((2, 22))"
+    guest.root(f'! python3 -c "{vsock}" 2>/dev/null')
+
+
+def test_the_process_that_runs_it_has_no_rights(rooted: Callable[[], RootedGuest]) -> None:
+    guest = rooted()
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{guest.qemu}/status").read_text().splitlines() if ":\t" in line
+    )
+    assert "0" not in status["Uid"].split(), "QEMU runs as root"
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+    assert status["NoNewPrivs"] == "1" and status["Seccomp"] == "2"
+    sandbox = words_of(Path(f"/proc/{guest.qemu}/cmdline"))
+    assert any("elevateprivileges=deny" in word and "spawn=deny" in word for word in sandbox)
+    # What it may write is its own: nothing that another session reads.
+    for entry in os.scandir(f"/proc/{guest.qemu}/fd"):
+        target = os.readlink(entry.path)
+        if target.startswith(str(guest.cli.home)) and _writable(guest.qemu, entry.name):
+            assert target.startswith((str(guest.folder.path), str(guest.folder.run))), target
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
+
+
+def _writable(pid: int, descriptor: str) -> bool:
+    flags = int(Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
+    return flags & os.O_ACCMODE != os.O_RDONLY

@@ -1,0 +1,150 @@
+"""Ctrl-C, SIGTERM and kill -9 at every stage: the status says it, and nothing stays (for kill -9: after `gc`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Cli, Guest, ended, leftovers, wait_for
+
+STAGES = {
+    "template": b"making template",
+    "fork": b"starting guest",
+    "push": b"copying",
+    "command": b"now",
+    "changes": b"comparing",
+}
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose copying and comparing take a while."""
+    root = tmp_path_factory.mktemp("big") / "big"
+    root.mkdir()
+    for number in range(4):
+        (root / f"file{number}").write_bytes(os.urandom(10 << 20))
+    return root
+
+
+def begin(cli: Cli, stage: str, project: Path) -> subprocess.Popen[bytes]:
+    """Start a session and wait until it is in this stage."""
+    size = ["--memory", "304"] if stage == "template" else []
+    source = [str(project)] if stage in ("push", "changes") else ["--empty"]
+    command = ["sh", "-c", "echo now >&2; exec sleep 100"] if stage == "command" else ["true"]
+    process = cli.start("session", *source, *size, "--", *command)
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    said = b""
+
+    def reached() -> bool:
+        nonlocal said
+        said += process.stderr.read() or b""  # type: ignore[union-attr]
+        assert process.poll() is None, said
+        return STAGES[stage] in said
+
+    wait_for(reached, 120)
+    os.set_blocking(process.stderr.fileno(), True)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "delay"),
+    [
+        ("template", signal.SIGINT, 4),
+        ("fork", signal.SIGINT, 0),
+        ("fork", signal.SIGTERM, 0.4),
+        ("fork", signal.SIGINT, 0.8),
+        ("fork", signal.SIGINT, 1.2),
+        ("push", signal.SIGINT, 0.5),
+        ("push", signal.SIGTERM, 0.5),
+        ("command", signal.SIGINT, 0.3),
+        ("command", signal.SIGTERM, 0.3),
+        ("command", signal.SIGHUP, 0.3),
+        ("changes", signal.SIGINT, 0.1),
+    ],
+)
+def test_an_interruption_ends_everything(cli: Cli, big: Path, stage: str, number: signal.Signals, delay: float) -> None:
+    process = begin(cli, stage, big)
+    time.sleep(delay)
+    os.kill(process.pid, number)
+    status, _, stderr = ended(process)
+    if status == 0 and stage in ("fork", "changes"):
+        pytest.skip("the machine was faster than the signal")
+    assert status == 128 + number, stderr
+    assert b"Traceback" not in stderr
+
+
+def test_a_second_ctrl_c_does_not_stop_the_cleaning_up(cli: Cli, big: Path) -> None:
+    process = begin(cli, "command", big)
+    for _ in range(5):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.03)
+    assert ended(process)[0] == 130
+
+
+def test_what_kill_9_leaves_is_shown_and_removed_and_the_rest_lives(
+    cli: Cli, guest: Guest, big: Path, fork: Callable[..., Guest]
+) -> None:
+    kept = fork()
+    before = leftovers(cli.home)
+    for stage, delay in (("fork", 0.1), ("fork", 0.9), ("push", 0.5), ("command", 0.2)):
+        process = begin(cli, stage, big)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+    rows = {row["name"]: row["state"] for row in cli.json("ls")}
+    assert list(rows.values()).count("orphan") >= 3
+    assert rows[guest.name] == rows[kept.name] == "running"
+    removed = cli.json("gc")
+    assert {item["kind"] for item in removed} <= {"session", "guest"}
+    assert not [item for item in removed if item["problem"]]
+    wait_for(lambda: not leftovers(cli.home) - before, 20)
+    assert kept.exec("echo", "alive").stdout == guest.exec("echo", "alive").stdout == b"alive\n"
+    assert cli.json("gc") == [], "a second time there is nothing"
+    for item in removed:
+        assert item["what"] not in (guest.name, kept.name)
+
+
+def test_a_template_whose_maker_was_killed_is_removed(cli: Cli, big: Path) -> None:
+    process = begin(cli, "template", big)
+    wait_for(lambda: any(name.startswith("domain vmsandbox-template") for name in leftovers(cli.home)), 30)
+    assert not [item for item in cli.json("gc") if item["kind"] in ("template", "guest")], "its maker is alive"
+    process.kill()
+    process.communicate()
+    kinds = {item["kind"] for item in cli.json("gc")}
+    assert kinds == {"guest", "template"}
+
+
+def test_a_guest_that_died_is_shown_and_removed(fork: Callable[..., Guest]) -> None:
+    guest = fork()
+    os.kill(guest.qemu, signal.SIGKILL)
+    wait_for(lambda: {row["name"]: row["state"] for row in guest.cli.json("ls")}[guest.name] == "dead", 20)
+    done = guest.cli("exec", guest.name, "--", "true", status=125, timeout=90)
+    assert b"Traceback" not in done.stderr
+    assert [item["what"] for item in guest.cli.json("gc")] == [guest.name]
+
+
+def test_a_guest_that_dies_under_a_command_is_an_error(fork: Callable[..., Guest]) -> None:
+    guest = fork()
+    process = guest.cli.start("exec", guest.name, "--", "sh", "-c", "echo now; exec sleep 100")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"now\n"
+    os.kill(guest.qemu, signal.SIGKILL)
+    status, _, stderr = ended(process)
+    assert status == 125 and b"broke" in stderr
+
+
+def test_the_journal_of_what_was_killed_is_whole(cli: Cli, big: Path) -> None:
+    process = begin(cli, "command", big)
+    (row,) = [row for row in cli.json("ls") if row["name"] != "shared"]
+    process.kill()
+    process.communicate()
+    cli("gc")
+    events = [json.loads(line) for line in cli("logs", row["id"], "--json").stdout.splitlines()]
+    assert events[0]["kind"] == "session.opened" and events[-1]["kind"] == "command.started"
