@@ -1,9 +1,9 @@
 """vmsandbox: throwaway QEMU/KVM guests for letting an AI coding agent work on a sensitive repository.
 
-    from vmsandbox import Sandbox
+from vmsandbox import Sandbox
 
-    with Sandbox.open(project=".") as sb:
-        status = sb.run(["pytest"])
+with Sandbox.open(project=".") as sb:
+    status = sb.run(["pytest"])
 """
 
 from __future__ import annotations

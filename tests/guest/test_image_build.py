@@ -80,9 +80,7 @@ def test_nothing_of_the_build_is_in_the_image(image: Image) -> None:
     for unwanted in (".vmsandbox", "policy-rc.d", "start-stop-daemon.REAL", "dpkg.log"):
         assert f"/{unwanted}/" not in listed
     assert "/start-stop-daemon/" in listed
-    assert debugfs(image, "cat /usr/sbin/start-stop-daemon").startswith(
-        "\x7fELF"
-    )  # not mmdebstrap's false one
+    assert debugfs(image, "cat /usr/sbin/start-stop-daemon").startswith("\x7fELF")  # not mmdebstrap's false one
 
 
 def _still_working_in(folder: Path) -> list[bytes]:

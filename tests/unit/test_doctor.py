@@ -244,9 +244,7 @@ def test_the_image_builder_is_only_needed_without_an_image(layout: Layout, root:
 @pytest.mark.parametrize(
     ("free", "status"), [(2.9, Status.FAIL), (3.1, Status.WARN), (5.9, Status.WARN), (6.1, Status.OK)]
 )
-def test_disk_space(
-    layout: Layout, root: Path, monkeypatch: pytest.MonkeyPatch, free: float, status: Status
-) -> None:
+def test_disk_space(layout: Layout, root: Path, monkeypatch: pytest.MonkeyPatch, free: float, status: Status) -> None:
     class Usage:
         f_bavail, f_frsize = int(free * 1024), 1 << 20
 
@@ -254,9 +252,7 @@ def test_disk_space(
     assert by_id(check_resources(examined(layout, root)), "disk").status is status
 
 
-@pytest.mark.parametrize(
-    ("kib", "status"), [(400_000, Status.FAIL), (900_000, Status.WARN), (1_100_000, Status.OK)]
-)
+@pytest.mark.parametrize(("kib", "status"), [(400_000, Status.FAIL), (900_000, Status.WARN), (1_100_000, Status.OK)])
 def test_memory(layout: Layout, root: Path, kib: int, status: Status) -> None:
     write(root, "/proc/meminfo", f"MemFree: 1 kB\nMemAvailable: {kib} kB\n")
     assert by_id(check_resources(examined(layout, root)), "memory").status is status
@@ -282,9 +278,7 @@ def test_a_kernel_without_the_cards_features_only_warns(layout: Layout, root: Pa
     check = by_id(check_resources(host), "filtered-card")
     assert check.status is Status.WARN
     assert "bridge" in check.found and "nftables" in check.found and "tun" not in check.found
-    write(
-        root, "/lib/modules/6.1.0/modules.dep", "kernel/net/bridge/bridge.ko.xz: kernel/net/802/stp.ko.xz\n"
-    )
+    write(root, "/lib/modules/6.1.0/modules.dep", "kernel/net/bridge/bridge.ko.xz: kernel/net/802/stp.ko.xz\n")
     assert by_id(check_resources(examined(layout, root)), "filtered-card").status is Status.OK
 
 

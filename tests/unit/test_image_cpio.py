@@ -25,9 +25,7 @@ ENTRIES = [
 
 def extract(archive: bytes, into: Path) -> None:
     into.mkdir()
-    subprocess.run(
-        ["cpio", "-idm", "--quiet", "--no-absolute-filenames"], input=archive, cwd=into, check=True
-    )
+    subprocess.run(["cpio", "-idm", "--quiet", "--no-absolute-filenames"], input=archive, cwd=into, check=True)
 
 
 def test_cpio_reads_back_what_was_written(tmp_path: Path) -> None:
@@ -62,9 +60,7 @@ def test_small_initramfs(tmp_path: Path) -> None:
     (parts / "busybox").write_bytes(b"BUSYBOX")
     (parts / "virtio_blk.ko.xz").write_bytes(lzma.compress(b"MODULE"))
     archive = small_initramfs(parts, b"#!/bin/busybox sh\n")
-    listed = subprocess.run(
-        ["cpio", "-itv", "--quiet"], input=archive, capture_output=True, check=True
-    ).stdout
+    listed = subprocess.run(["cpio", "-itv", "--quiet"], input=archive, capture_output=True, check=True).stdout
     lines = {line.split()[-1]: line.split()[0] for line in listed.decode().splitlines()}
     assert lines["init"] == "-rwxr-xr-x" and lines["bin/busybox"] == "-rwxr-xr-x"
     assert lines["dev/console"] == "crw-------"

@@ -43,9 +43,7 @@ def test_extends_appends_lists_and_overrides_scalars(layout: Layout) -> None:
         "under",
         "name: under\npackages: [aa, bb]\ndisk: 1G\nunits: {mask: [a.timer], enable: [e.service]}",
     )
-    write(
-        layout, "mine", "name: mine\nextends: under\npackages: [bb, cc]\ndisk: 2G\nunits: {mask: [b.timer]}"
-    )
+    write(layout, "mine", "name: mine\nextends: under\npackages: [bb, cc]\ndisk: 2G\nunits: {mask: [b.timer]}")
     recipe = load_recipe("mine", layout)
     assert recipe.name == "mine"
     assert recipe.packages == ["aa", "bb", "cc"]
@@ -195,9 +193,7 @@ def test_overlay_is_the_same_every_time_and_owned_by_root() -> None:
     assert _overlay(recipe) == _overlay(recipe)
     with tarfile.open(fileobj=io.BytesIO(_overlay(recipe))) as archive:
         members = {member.name: member for member in archive}
-        assert {(member.uid, member.gid, member.mtime) for member in members.values()} == {
-            (0, 0, recipe.epoch)
-        }
+        assert {(member.uid, member.gid, member.mtime) for member in members.values()} == {(0, 0, recipe.epoch)}
         assert members["etc/systemd/system/x.timer"].linkname == "/dev/null"
         file = archive.extractfile("etc/a")
         assert file is not None and file.read() == b"$(id)" and members["etc/a"].mode == 0o600

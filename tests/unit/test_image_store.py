@@ -34,9 +34,7 @@ SIZE = 3 << 20
 class QuickPrograms(Programs):
     """Makes the parts at once. `before_end` runs in the middle of the "build"."""
 
-    def __init__(
-        self, before_end: Callable[[Path], None] = lambda out: None, kernel: bytes = b"kernel"
-    ) -> None:
+    def __init__(self, before_end: Callable[[Path], None] = lambda out: None, kernel: bytes = b"kernel") -> None:
         self.before_end = before_end
         self.kernel = kernel
         self.builds = 0
@@ -143,9 +141,7 @@ def test_change_with_the_times_set_back_is_refused(layout: Layout, image: Image)
         ImageStore(layout).verify(image)
 
 
-def test_unchanged_files_are_not_hashed_again(
-    layout: Layout, image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unchanged_files_are_not_hashed_again(layout: Layout, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
 
     def spy(path: Path) -> str:
@@ -291,9 +287,7 @@ def test_a_waiting_builder_of_another_recipe_builds_its_own(layout: Layout) -> N
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         results: list[Image] = []
-        waiting = threading.Thread(
-            target=lambda: results.append(build_image(other, layout, second, Monitor()))
-        )
+        waiting = threading.Thread(target=lambda: results.append(build_image(other, layout, second, Monitor())))
         waiting.start()
         time.sleep(0.1)
         assert second.builds == 0
@@ -342,9 +336,7 @@ def test_too_little_space(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> No
     assert programs.builds == 0 and names_in(layout) == {".lock"}
 
 
-@pytest.mark.parametrize(
-    "data", [[], [(0, 1)], [(5 << 20, 100)], [((8 << 20) - 1, 1)], [(1, 2 << 20), (7 << 20, 9)]]
-)
+@pytest.mark.parametrize("data", [[], [(0, 1)], [(5 << 20, 100)], [((8 << 20) - 1, 1)], [(1, 2 << 20), (7 << 20, 9)]])
 def test_digest_of_a_sparse_file(tmp_path: Path, data: list[tuple[int, int]]) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:

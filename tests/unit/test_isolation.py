@@ -27,10 +27,7 @@ from vmsandbox.spec import Grade
 UUID = "4d1f6f0e-5d0c-4f6b-9a7e-3c1f7f1b2a11"
 PROVEN = KvmProof(True, "the test guest ran", 0.2, False)
 NOT_PROVEN = KvmProof(False, "/dev/kvm does not exist", 0.0, False)
-XML = (
-    f"<domain type='kvm'><uuid>{UUID}</uuid>"
-    "<os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os></domain>"
-)
+XML = f"<domain type='kvm'><uuid>{UUID}</uuid><os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os></domain>"
 CMDLINE = (
     "/usr/bin/qemu-system-x86_64", "-name", "guest=x,debug-threads=on", "-machine", "pc-q35-7.2,usb=off",
     "-accel", "kvm", "-uuid", UUID, "-machine", "memory-backend=vmram",
@@ -139,15 +136,11 @@ def test_kvm_that_is_not_proven_is_emulated_whatever_the_domain_says() -> None:
     assert grade(kvm=NOT_PROVEN) == (Grade.EMULATED, ["kvm_proven"])
 
 
-@pytest.mark.parametrize(
-    "process", [ProcessFacts(7), with_option("-uuid", "00000000-0000-0000-0000-000000000000")]
-)
+@pytest.mark.parametrize("process", [ProcessFacts(7), with_option("-uuid", "00000000-0000-0000-0000-000000000000")])
 def test_another_or_an_unreadable_process_proves_nothing(process: ProcessFacts) -> None:
     result, failed = grade(process=process)
     assert result is Grade.EMULATED
-    assert {"process", "not_root", "no_capabilities", "seccomp", "no_new_privileges", "confined"} <= set(
-        failed
-    )
+    assert {"process", "not_root", "no_capabilities", "seccomp", "no_new_privileges", "confined"} <= set(failed)
 
 
 def test_status_that_cannot_be_read_is_not_taken_for_good() -> None:

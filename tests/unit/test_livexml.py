@@ -181,9 +181,7 @@ def test_a_changed_attribute_is_refused(path: str, attribute: str, value: str) -
     refusal(changed(path, lambda element: element.set(attribute, value)))
 
 
-@pytest.mark.parametrize(
-    "path", ["uuid", "os/type", "os/kernel", "os/initrd", "os/cmdline", "devices/emulator"]
-)
+@pytest.mark.parametrize("path", ["uuid", "os/type", "os/kernel", "os/initrd", "os/cmdline", "devices/emulator"])
 def test_a_changed_text_is_refused(path: str) -> None:
     refusal(changed(path, lambda element: setattr(element, "text", "/other")))
 

@@ -118,10 +118,7 @@ def test_a_report_must_be_whole_and_agree_with_itself() -> None:
 def test_limits() -> None:
     assert "2 files" in refused(*(line(str(n)) for n in range(9)), limits=ManifestLimits(entries=2)).brief
     assert "line of more" in refused(b"x" * 5000, limits=ManifestLimits(line=1000)).brief
-    assert (
-        "longer than"
-        in refused(*[b" " * 1000] * 2000, limits=ManifestLimits(bytes=1 << 20, line=1 << 30)).brief
-    )
+    assert "longer than" in refused(*[b" " * 1000] * 2000, limits=ManifestLimits(bytes=1 << 20, line=1 << 30)).brief
 
     taken = 0
 
@@ -184,9 +181,7 @@ def test_names_that_a_folding_file_system_takes_for_one_are_found() -> None:
 
 
 def report(folder: Path, *, cwd: Path | None = None) -> Manifest:
-    done = subprocess.run(
-        [sys.executable, "-IS", GUEST_PROGRAM, folder], capture_output=True, check=True, cwd=cwd
-    )
+    done = subprocess.run([sys.executable, "-IS", GUEST_PROGRAM, folder], capture_output=True, check=True, cwd=cwd)
     return parse_untrusted_manifest([done.stdout])
 
 
@@ -209,9 +204,7 @@ def test_the_guests_program(tmp_path: Path) -> None:
         "sub", "sub/dir", "sub/fifo", os.fsdecode(b"bytes\xff"), "other", "file", "large",
         "new\nline \"'\\ \U0001f600", "out", "linked",
     }  # fmt: skip
-    assert items["file"] == Item(
-        "file", 0o751, 5, "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
-    )
+    assert items["file"] == Item("file", 0o751, 5, "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5")
     assert items["large"].size == (2 << 20) + 3
     assert items["out"] == Item("symlink", 0, target="/etc") and items["sub/fifo"].kind == "other"
     assert items["linked"].target == os.fsdecode(b"\xfe")
@@ -237,9 +230,7 @@ def test_the_guests_program_survives_depth_and_sparse_files(tmp_path: Path) -> N
 
 
 def test_the_guests_program_fails_loudly(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-IS", GUEST_PROGRAM, tmp_path / "none"], capture_output=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-IS", GUEST_PROGRAM, tmp_path / "none"], capture_output=True, check=False)
     assert done.returncode != 0 and b"none" in done.stderr and b"entries" not in done.stdout
 
 

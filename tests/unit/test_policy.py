@@ -139,9 +139,7 @@ def test_find_policy_takes_the_first_and_never_overlooks_one(tmp_path: Path) -> 
     assert find_policy(tmp_path) == tmp_path / ".vmsandbox.yaml"
     (tmp_path / ".claude").mkdir()
     (tmp_path / ".claude/sandbox.yaml").symlink_to("nowhere")
-    assert (
-        find_policy(tmp_path) == tmp_path / ".claude/sandbox.yaml"
-    )  # dangling: an error later, not a default
+    assert find_policy(tmp_path) == tmp_path / ".claude/sandbox.yaml"  # dangling: an error later, not a default
 
 
 def test_the_policy_value_needs_no_validation_library() -> None:
@@ -190,9 +188,7 @@ def test_what_a_denied_path_means(tmp_path: Path, pattern: str, denied: list[str
         assert rules.match(path, path.rpartition("/")[2]) is None, path
 
 
-def test_host_paths_matter_when_the_project_contains_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_paths_matter_when_the_project_contains_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path.resolve() / "home"
     (home / "real-ssh").mkdir(parents=True)
     (home / ".ssh").symlink_to("real-ssh")
@@ -202,9 +198,7 @@ def test_host_paths_matter_when_the_project_contains_them(
     assert rules.match("src/.ssh", ".ssh") is None
 
 
-@pytest.mark.parametrize(
-    "pattern", ["{home}/", "~/", "{home}/proj", "./", ".", "/", "{home}/p*/", "{link}/proj"]
-)
+@pytest.mark.parametrize("pattern", ["{home}/", "~/", "{home}/proj", "./", ".", "/", "{home}/p*/", "{link}/proj"])
 def test_a_project_inside_a_denied_path_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:

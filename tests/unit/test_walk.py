@@ -139,9 +139,7 @@ def test_git_folders_stay_at_any_depth_whether_folder_or_file(project: Path) -> 
 
 
 def test_ignored_folders_are_one_row_and_not_entered(project: Path) -> None:
-    write(
-        project, **{".gitignore": "node_modules/\n*.log\n", "node_modules/x/y.js": "", "a.log": "", "b": ""}
-    )
+    write(project, **{".gitignore": "node_modules/\n*.log\n", "node_modules/x/y.js": "", "a.log": "", "b": ""})
     (project / "node_modules/closed").mkdir(mode=0)
     walk = walk_project(project, Policy())
     assert sent(walk) == {".gitignore", "b"}
@@ -264,9 +262,7 @@ def as_nobody(action: str, project: Path) -> subprocess.CompletedProcess[str]:
         "os.getuid() == 0 and (os.setgroups([]), os.setgid(65534), os.setuid(65534))\n"
         f"{action}\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code, str(project)], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code, str(project)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("closed", ["dir", "dir/file", "dir/.gitignore", "."])
