@@ -14,7 +14,7 @@ from vmsandbox.spec import Accelerator, GuestShape
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 METADATA_NS = "https://vmsandbox.dev/xmlns/session/1"
-TB_CACHE_MIB = 48
+TB_CACHE_MIB = 56
 CONTROL_CHANNEL = "org.vmsandbox.control"
 SSH_CHANNEL = "org.vmsandbox.ssh."
 
