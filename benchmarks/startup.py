@@ -34,8 +34,8 @@ from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.files import fill_sparse, new_sparse
 from vmsandbox.hypervisor.kvm import prove_kvm
-from vmsandbox.hypervisor.launch import Machine, choose_user, give, own_folder
-from vmsandbox.hypervisor.template import ImageFiles, create_overlay
+from vmsandbox.hypervisor.launch import Machine, choose_user, create_overlay, give, own_folder
+from vmsandbox.hypervisor.template import ImageFiles
 from vmsandbox.image.cpio import CpioEntry, cpio_archive
 from vmsandbox.image.store import ImageStore
 from vmsandbox.monitor import Monitor

@@ -15,7 +15,7 @@ import pytest
 from harness import Cli, Guest, new_leftovers
 
 from vmsandbox.errors import GuestError
-from vmsandbox.hypervisor import template as template_module
+from vmsandbox.hypervisor import making
 from vmsandbox.render.domain import DomainPlan, render_domain
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
@@ -168,7 +168,7 @@ def test_a_guest_that_panics_shows_its_last_words(cli: Cli, monkeypatch: pytest.
     def without_root(plan: DomainPlan) -> str:
         return render_domain(dataclasses.replace(plan, cmdline="console=ttyS0 panic=-1 rdinit=/nonexistent"))
 
-    monkeypatch.setattr(template_module, "render_domain", without_root)
+    monkeypatch.setattr(making, "render_domain", without_root)
     with pytest.raises(GuestError) as error:
         Sandbox.open(request=SessionRequest(allow_emulation=True, memory_mib=304), layout=cli.layout)
     assert "did not come up" in error.value.brief
@@ -179,8 +179,8 @@ def test_a_guest_that_never_comes_up_is_given_up(cli: Cli, monkeypatch: pytest.M
     def hanging(plan: DomainPlan) -> str:
         return render_domain(dataclasses.replace(plan, cmdline="console=ttyS0 panic=0 rdinit=/nonexistent"))
 
-    monkeypatch.setattr(template_module, "render_domain", hanging)
-    monkeypatch.setattr(template_module, "BOOT_DEADLINE", 8)
+    monkeypatch.setattr(making, "render_domain", hanging)
+    monkeypatch.setattr(making, "BOOT_DEADLINE", 8)
     with pytest.raises(GuestError) as error:
         Sandbox.open(request=SessionRequest(allow_emulation=True, memory_mib=304), layout=cli.layout)
     assert "within" in error.value.details or "did not answer" in error.value.details

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from vmsandbox.errors import ImageError
+from vmsandbox.hypervisor import making
 from vmsandbox.hypervisor import template as module
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.hypervisor.launch import Machine
-from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, TemplateStore, obtain_template
+from vmsandbox.hypervisor.making import obtain_template
+from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, TemplateStore
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
@@ -74,7 +76,7 @@ def _obtain(home: Path, start: Any, made: Any, waited: Any) -> None:
         assert found is not None
         return found
 
-    module._make = slowly  # type: ignore[assignment] # this process only
+    making._make = slowly  # type: ignore[assignment] # this process only
     monitor = Told()
     start.wait()
     obtain_template(None, plan_of(), TemplateStore(layout), Programs(), monitor)  # type: ignore[arg-type]

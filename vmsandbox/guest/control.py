@@ -18,6 +18,10 @@ REPLY_LIMIT = 1 << 16  # bytes
 _GREETING = b"vmsandbox\r\n"  # from cloudinit/guest/ssh-port in a new fork, before sshd starts
 
 
+class PortClosedError(GuestError):
+    """QEMU closed the port: the guest is gone."""
+
+
 class ControlPort:
     """A connection to a guest's control program."""
 
@@ -56,7 +60,7 @@ class ControlPort:
                 resolution="`vmsandbox logs NAME` shows how far it came",
             ) from None
         except OSError as error:
-            raise GuestError("the guest's control port went away", details=str(error)) from error
+            raise PortClosedError("the guest's control port went away", details=str(error)) from error
         return _parse_reply(operation, untrusted_line)
 
     def _read_line(self, until: float) -> bytes:

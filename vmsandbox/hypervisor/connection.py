@@ -11,7 +11,7 @@ import re
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -229,8 +229,3 @@ def _open_patiently(uri: str) -> Any:
             reraise=True,
         )
         return retry(libvirt.open, uri)
-
-
-def versions_text(version: Sequence[int]) -> str:
-    """(7, 2, 22) as "7.2.22"."""
-    return ".".join(str(part) for part in version)

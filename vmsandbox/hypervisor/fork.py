@@ -15,9 +15,9 @@ from pathlib import Path
 from vmsandbox.errors import HostError
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.launch import Machine, choose_user, disk_errors, give, own_folder
+from vmsandbox.hypervisor.launch import Machine, choose_user, create_overlay, disk_errors, give, own_folder
 from vmsandbox.hypervisor.memory import ForkMemory, fork_memory
-from vmsandbox.hypervisor.template import ImageFiles, Template, create_overlay
+from vmsandbox.hypervisor.template import ImageFiles, Template
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DiskImage, DomainPlan, render_domain
 from vmsandbox.spec import GuestShape

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vmsandbox.errors import HostError
 from vmsandbox.hypervisor.connection import Host
+from vmsandbox.process import Programs
 from vmsandbox.spec import Accelerator, GuestShape
 
 # One host user per session, where libvirt lets us choose: QEMU processes of two sessions cannot touch each
@@ -78,6 +79,16 @@ def give(path: Path, user: tuple[int, int] | None) -> None:
     """Give a file or folder to the QEMU user."""
     if user is not None:
         os.chown(path, *user, follow_symlinks=False)
+
+
+def create_overlay(programs: Programs, overlay: Path, backing: Path, backing_format: str) -> None:
+    """A qcow2 file that holds what differs from `backing` (whose format is named, never probed)."""
+    programs.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=off,lazy_refcounts=on",
+         "-b", backing, "-F", backing_format, overlay],
+        timeout=30,
+    )  # fmt: skip
+    overlay.chmod(0o600)
 
 
 @contextmanager

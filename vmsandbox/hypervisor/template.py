@@ -1,7 +1,7 @@
-"""Templates: a guest booted once with its cloud-init seed, then frozen with its memory.
+"""Templates: what one is made from, what it consists of, and where they are kept.
 
-cloud-init and a cold boot take half a minute under emulation; a fork of a template takes a second. The key of a
-template is the hash of all that went into it, so a template is never stale: it is the right one or there is none.
+A template is a guest booted once with its cloud-init seed and frozen with its memory (`making`). Its key is the hash
+of all that went into it, so a template is never stale: it is the right one or there is none.
 """
 
 from __future__ import annotations
@@ -11,32 +11,26 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import threading
-import time
-import uuid as uuids
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from vmsandbox.errors import GuestError, HostError, ImageError, VmsandboxError
-from vmsandbox.guest.control import ControlPort
-from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.console import ConsoleTail
-from vmsandbox.hypervisor.files import dig_holes, new_sparse, sha256_of, stamp_of
-from vmsandbox.hypervisor.launch import Machine, choose_user, disk_errors, give, own_folder
-from vmsandbox.monitor import Monitor
+from vmsandbox.errors import ImageError
+from vmsandbox.hypervisor.files import sha256_of, stamp_of
+from vmsandbox.hypervisor.launch import Machine, disk_errors
 from vmsandbox.paths import Layout
-from vmsandbox.process import Programs
 from vmsandbox.render import domain as domain_module
 from vmsandbox.render import seed as seed_module
-from vmsandbox.render.domain import DiskImage, DomainPlan, render_domain
 from vmsandbox.spec import Accelerator, GuestShape
 
-_MAKERS = (Path(__file__), Path(domain_module.__file__), Path(seed_module.__file__))
-BOOT_DEADLINE = 300  # seconds; emulation on a busy machine is slow
+_MAKERS = (
+    Path(__file__),
+    Path(__file__).with_name("making.py"),
+    Path(domain_module.__file__),
+    Path(seed_module.__file__),
+)
 DISK, RAM, STATE, INITRD = "disk.qcow2", "ram", "state", "initrd"
 
 
@@ -187,196 +181,6 @@ class TemplateStore:
             yield
         finally:
             os.close(fd)
-
-
-def obtain_template(
-    host: Host, plan: TemplatePlan, store: TemplateStore, programs: Programs, monitor: Monitor
-) -> Template:
-    """The template for these inputs: found, or made now.
-
-    Raises:
-        GuestError: the guest did not come up (the error carries the console's tail).
-        ImageError: the template was tampered with.
-        HostError: libvirt, QEMU or the disk failed.
-    """
-    if found := store.find(plan.key):
-        return found
-    waiting = "another vmsandbox is making the same template; waiting for it"
-    with store.lock(plan.key, lambda: monitor.notice(waiting)):
-        if found := store.find(plan.key):
-            return found
-        return _make(host, plan, store, programs, monitor)
-
-
-def _make(host: Host, plan: TemplatePlan, store: TemplateStore, programs: Programs, monitor: Monitor) -> Template:
-    started = time.monotonic()
-    uuid = str(uuids.uuid4())
-    making = store.folder / f".making-{uuid}"
-    run = store.run / f"t-{uuid[:8]}"
-    user = choose_user(host, plan.shape)
-    domain = _domain_plan(plan, uuid, making, run, user)
-    try:
-        with (
-            monitor.step(f"making template {plan.key[:12]} (first use of this image and shape)"),
-            disk_errors("making the template's files"),
-            store.making(making),
-        ):
-            store.run.mkdir(mode=0o711, parents=True, exist_ok=True)
-            own_folder(making, user)
-            own_folder(run, user)
-            _prepare_files(plan, domain, programs, user)
-            host.create(render_domain(domain), paused=False)
-            _boot(host, domain, monitor)
-            _freeze(host, uuid, making / STATE)
-            host.destroy(uuid)
-            monitor.progress(0.95, 1, "computing digests")
-            return _publish(plan, store, making, time.monotonic() - started)
-    finally:
-        with suppress(VmsandboxError):
-            host.destroy(uuid)
-        shutil.rmtree(making, ignore_errors=True)
-        shutil.rmtree(run, ignore_errors=True)
-
-
-def _domain_plan(plan: TemplatePlan, uuid: str, making: Path, run: Path, user: tuple[int, int] | None) -> DomainPlan:
-    return DomainPlan(
-        name=f"vmsandbox-template-{uuid[:8]}",
-        uuid=uuid,
-        genid=str(uuids.uuid4()),
-        shape=plan.shape,
-        machine=plan.machine.type,
-        emulator=plan.machine.emulator,
-        kernel=plan.image.kernel,
-        initrd=making / INITRD,
-        disk_chain=(DiskImage(making / DISK, "qcow2"), DiskImage(plan.image.root, "raw")),
-        run_folder=run,
-        ram=making / RAM,
-        ram_share=True,
-        ram_readonly=False,
-        incoming=False,
-        session_id=f"template:{making.name}",
-        home=making.parent,
-        run_as=user,
-    )
-
-
-def _prepare_files(plan: TemplatePlan, domain: DomainPlan, programs: Programs, user: tuple[int, int] | None) -> None:
-    initrd = plan.image.initrd.read_bytes()
-    # Archives follow each other at multiples of 512 bytes (the kernel's initramfs buffer format).
-    domain.initrd.write_bytes(initrd + bytes(-len(initrd) % 512) + plan.seed_archive())
-    disk = domain.disk_chain[0].path
-    create_overlay(programs, disk, plan.image.root, "raw")
-    new_sparse(domain.ram, plan.shape.memory_mib * 1024 * 1024)
-    for path in (domain.initrd, disk, domain.ram):
-        give(path, user)
-
-
-def create_overlay(programs: Programs, overlay: Path, backing: Path, backing_format: str) -> None:
-    """A qcow2 file that holds what differs from `backing` (whose format is named, never probed)."""
-    programs.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=off,lazy_refcounts=on",
-         "-b", backing, "-F", backing_format, overlay],
-        timeout=30,
-    )  # fmt: skip
-    overlay.chmod(0o600)
-
-
-def _boot(host: Host, domain: DomainPlan, monitor: Monitor) -> None:
-    """Wait until cloud-init is done and the guest has made itself small."""
-    until = time.monotonic() + BOOT_DEADLINE
-    with ConsoleTail(domain.console_socket) as console, closing(ControlPort(domain.control_socket)) as port:
-        try:
-            port.connect(10)
-            monitor.progress(0.1, 1, "booting and running cloud-init")
-            untrusted = _wait_for_hello(host, domain, port, until, monitor)
-            if untrusted.get("cloud_init") != "done" or untrusted.get("errors"):
-                raise GuestError("cloud-init failed in the template", details=repr(untrusted)[:2000])
-            monitor.progress(0.8, 1, "warming up and shrinking its memory")
-            port.request("settle", deadline=max(until - time.monotonic(), 1))
-            # Frozen with the control port connected, as a fork will have it: no event wakes the guest.
-            host.suspend(domain.uuid)
-        except VmsandboxError as error:
-            tail = console.text()
-            raise GuestError(
-                "the guest did not come up to become a template",
-                details=f"{error.brief}\n{error.details}\n--- the end of its console ---\n{tail or '(silent)'}",
-                resolution="`vmsandbox image verify` checks the image; a slow machine may need a second try",
-            ) from error
-
-
-def _wait_for_hello(
-    host: Host, domain: DomainPlan, port: ControlPort, until: float, monitor: Monitor
-) -> dict[str, object]:
-    begin = time.monotonic()
-    result: list[dict[str, object] | VmsandboxError] = []
-
-    def ask() -> None:
-        try:
-            result.append(port.request("hello", deadline=max(until - time.monotonic(), 1)))
-        except VmsandboxError as error:
-            result.append(error)
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    while asking.is_alive():
-        asking.join(0.5)
-        monitor.progress(min(0.1 + (time.monotonic() - begin) / 60, 0.75), 1, "booting and running cloud-init")
-        if asking.is_alive() and not host.is_active(domain.uuid):
-            raise GuestError("the guest ended while it booted")
-    if isinstance(result[0], VmsandboxError):
-        raise result[0]
-    return result[0]
-
-
-def _freeze(host: Host, uuid: str, state: Path) -> None:
-    """Save the device state; the memory is already in its file."""
-    host.qmp(
-        uuid,
-        "migrate-set-capabilities",
-        {"capabilities": [{"capability": "x-ignore-shared", "state": True}]},
-    )
-    ours, qemus = socket.socketpair()
-    chunks: list[bytes] = []
-
-    def drain() -> None:
-        while chunk := ours.recv(1 << 20):
-            chunks.append(chunk)
-
-    with ours:
-        with qemus:
-            host.qmp(uuid, "getfd", {"fdname": "freeze"}, fd=qemus.fileno())
-        reader = threading.Thread(target=drain, daemon=True)
-        reader.start()
-        host.qmp(uuid, "migrate", {"uri": "fd:freeze"})
-        host.migration_finished(uuid, deadline=60)
-        reader.join(timeout=30)
-        if reader.is_alive():
-            raise HostError("QEMU did not finish writing the template's state")
-    state.write_bytes(b"".join(chunks))
-
-
-def _publish(plan: TemplatePlan, store: TemplateStore, making: Path, seconds: float) -> Template:
-    dig_holes(making / RAM)
-    digests = {name: sha256_of(making / name) for name in (DISK, RAM, STATE, INITRD)}
-    for name in digests:
-        os.chown(making / name, os.geteuid(), os.getegid())
-        (making / name).chmod(0o444)
-    stamps = {name: stamp_of(making / name) for name in digests}
-    manifest = {
-        "key": plan.key,
-        "image": {"name": plan.image.name, "digest": plan.image.digest},
-        "shape": asdict(plan.shape),
-        "qemu": plan.machine.qemu_version,
-        "machine": plan.machine.type,
-        "digests": digests,
-        "stamps": stamps,
-        "seconds": round(seconds, 2),
-    }
-    (making / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    os.chown(making, os.geteuid(), os.getegid())
-    making.chmod(0o755)
-    making.rename(store.folder / plan.key)
-    return Template(plan.key, store.folder / plan.key, digests, seconds)
 
 
 def _digests_below(folder: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from vmsandbox.errors import HostError, ImageError, RefusedError, UserInputError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.kvm import KvmProof, prove_kvm
 from vmsandbox.hypervisor.launch import Machine
-from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, TemplateStore, obtain_template
+from vmsandbox.hypervisor.making import obtain_template
+from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, TemplateStore
 from vmsandbox.image.cpio import CpioEntry, cpio_archive
 from vmsandbox.image.manifest import Image
 from vmsandbox.image.store import ImageStore
