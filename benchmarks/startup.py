@@ -61,6 +61,7 @@ def main() -> int:
     options = parser.parse_args()
     bench = Bench(options.project)
     samples: Samples = {}
+    memory: dict[str, float] = {}
     try:
         bench.prepare()
         for number in range(options.rounds):
@@ -74,6 +75,8 @@ def main() -> int:
         for _ in range(max(options.rounds // 3, 1)):
             samples.setdefault("six at once", []).append(bench.six())
         memory = bench.memory()
+    except KeyboardInterrupt:
+        print("interrupted: this is what was measured until then", file=sys.stderr)
     finally:
         bench.close()
     report(samples, memory, bench, options.json)
@@ -354,7 +357,9 @@ def report(samples: Samples, memory: dict[str, float], bench: Bench, target: Pat
             f"  {row['median'] / floor:7.2f}"
         )
     ready = rows["c ready"]["median"]
-    ratios = {"ready / floor q35": ready / floor, "six at once / ready": rows["six at once"]["median"] / ready}
+    ratios = {"ready / floor q35": ready / floor}
+    if "six at once" in rows:
+        ratios["six at once / ready"] = rows["six at once"]["median"] / ready
     for cold in ("b cold", "b cold stock"):
         if cold in rows:
             ratios[f"{cold} / ready"] = rows[cold]["median"] / ready

@@ -176,8 +176,9 @@ class Sandbox:
 
     def start(self, command: Sequence[str] | None, *, terminal: tuple[str, int, int] | None = None) -> Any:
         """Start a command (None: a login shell) in the project's folder; returns its SSH channel."""
+        shell = self.shell()  # first: where no port is free, no command was started
         self.journal.append(events.CommandStarted(list(command) if command else None, terminal is not None))
-        return self.shell().start(command, cwd=self.info.guest_folder, terminal=terminal)
+        return shell.start(command, cwd=self.info.guest_folder, terminal=terminal)
 
     def ended(self, status: int, seconds: float) -> None:
         """Write down that a command started with `start` has ended."""
