@@ -1,0 +1,1 @@
+"""Writes accepted changes into a project: all of them or none, whatever happens meanwhile."""
