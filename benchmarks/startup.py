@@ -64,17 +64,14 @@ def main() -> int:
     memory: dict[str, float] = {}
     try:
         bench.prepare()
-        for number in range(options.rounds):
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            for name, measure in bench.quick().items():
-                samples.setdefault(name, []).append(measure())
-        for number in range(options.cold_rounds):
-            print(f"cold boot {number + 1} of {options.cold_rounds}", file=sys.stderr)
-            for name, measure in bench.cold().items():
-                samples.setdefault(name, []).append(measure())
-        for _ in range(max(options.rounds // 3, 1)):
-            samples.setdefault("six at once", []).append(bench.six())
         memory = bench.memory()
+        for number in range(max(options.rounds, options.cold_rounds)):
+            print(f"round {number + 1}", file=sys.stderr)
+            measures = bench.quick() if number < options.rounds else {}
+            if number < options.cold_rounds:
+                measures |= bench.cold()
+            for name, measure in measures.items():
+                samples.setdefault(name, []).append(measure())
     except KeyboardInterrupt:
         print("interrupted: this is what was measured until then", file=sys.stderr)
     finally:
@@ -120,6 +117,7 @@ class Bench:
             "a floor q35": lambda: self.floor("q35"),
             "a floor microvm": lambda: self.floor("microvm"),
             "c ready": self.ready,
+            "six at once": self.six,
             "d exec": self.exec_,
             "d command": self.command,
             "e whole": self.whole,
