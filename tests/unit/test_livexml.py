@@ -133,6 +133,8 @@ def test_a_foreign_device_is_refused_and_named(xml: str) -> None:
         (".", f"<qemu:override {QEMU}><qemu:device alias='x'/></qemu:override>"),
         (".", f"<qemu:capabilities {QEMU}><qemu:add capability='x'/></qemu:capabilities>"),
         (".", f"<qemu:commandline {QEMU}><qemu:arg value='-snapshot'/></qemu:commandline>"),
+        (".", f"<qemu:capabilities {QEMU}><qemu:add capability='cpu-unavailable-features'/></qemu:capabilities>"),
+        (".", f"<qemu:capabilities {QEMU}><qemu:del capability='sandbox'/></qemu:capabilities>"),
         (".", f"<qemu:commandline {QEMU}><qemu:env name='LD_PRELOAD' value='/x'/></qemu:commandline>"),
         ("os", "<loader type='pflash'>/x</loader>"),
         ("os", "<acpi><table type='slic'>/etc/shadow</table></acpi>"),

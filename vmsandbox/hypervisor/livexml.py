@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from vmsandbox.errors import RefusedError
+from vmsandbox.render.domain import UNUSED_CAPABILITY
 from vmsandbox.spec import Accelerator
 
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
@@ -113,6 +114,10 @@ def _domain(domain: ET.Element, expected: ExpectedDevices) -> Iterator[str]:
             yield from _only(element, _FEATURES)
         elif element.tag == "devices":
             yield from _devices(element, expected)
+        elif element.tag == f"{_QEMU}capabilities":
+            for one in element:
+                if one.tag != f"{_QEMU}del" or dict(one.attrib) != {"capability": UNUSED_CAPABILITY}:
+                    yield f"qemu:capabilities has more than what was asked for: {_shown(one)}"
         elif element.tag not in _HARMLESS and element.tag != f"{_QEMU}commandline":
             yield f"unknown element: {_shown(element)}"
     yield from _command_line(domain, expected)
