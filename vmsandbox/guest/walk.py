@@ -29,6 +29,7 @@ from vmsandbox.process import Programs
 from vmsandbox.review.text import shown
 
 Kind = Literal["file", "dir", "symlink"]
+OURS = ".vmsandbox-apply-"  # begins the names of staging folders (vmsandbox/apply/plan.py)
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -67,6 +68,7 @@ class Reason(StrEnum):
     IGNORED = "ignored by git"
     LINK = "a link that leads out of the project"
     SPECIAL = "not a file, folder or link"
+    OURS = "vmsandbox's own, of an apply that is at work or was killed"
 
 
 class Withheld(NamedTuple):
@@ -188,6 +190,8 @@ class _Walker:
     def _withhold_by_name(self, path: str, name: str, is_folder: bool) -> bool:
         if name == ".git":
             self._withhold(path, Reason.GIT, is_folder)
+        elif name.startswith(OURS):
+            self._withhold(path, Reason.OURS, is_folder)
         elif self._secrets.match(path, name, is_folder):
             self._withhold(path, Reason.SECRET, is_folder)
         elif self._denied and (pattern := self._denied.match(path, name)):
