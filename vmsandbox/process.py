@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -45,6 +45,17 @@ class Finished:
         """The end of what it said, stderr first, for an error's details."""
         said = (self.stderr or self.stdout).decode("utf-8", "replace").strip()
         return said[-_LAST_WORDS:]
+
+
+@dataclass(frozen=True)
+class Piped:
+    """A program that runs, joined to this process by pipes (unbuffered on this side)."""
+
+    pid: int
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+    stderr: IO[bytes]
+    wait: Callable[[float], int]
 
 
 class Programs:
@@ -117,6 +128,50 @@ class Programs:
                 details=f"$ {shlex.join(words)}\n{finished.last_words}",
             )
         return finished
+
+    @contextmanager
+    def piped(self, argv: Sequence[str | Path], *, pass_fds: Sequence[int] = ()) -> Iterator[Piped]:
+        """A program that runs beside this one, with pipes to and from it and an empty environment.
+
+        Args:
+            argv: the program's absolute path and its arguments.
+            pass_fds: descriptors that it inherits under the same numbers; no other one.
+
+        It is killed, with all that it started, at the end of the context.
+        """
+        words = [os.fspath(word) for word in argv]
+        try:
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env={"LC_ALL": "C.UTF-8"},
+                cwd="/",
+                pass_fds=tuple(pass_fds),
+                process_group=0,
+            )
+        except OSError as error:
+            raise HostError(f"{words[0]} could not be started", details=str(error)) from error
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+
+        def wait(seconds: float) -> int:
+            try:
+                return child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                raise HostError(f"{words[0]} did not end within {seconds:g} seconds") from None
+
+        try:
+            yield Piped(child.pid, child.stdin, child.stdout, child.stderr, wait)
+        finally:
+            if child.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, 9)
+                child.wait()
+            for pipe in (child.stdin, child.stdout, child.stderr):
+                with suppress(OSError):
+                    pipe.close()
 
     @contextmanager
     def holding(self, fd: int, user: tuple[int, int]) -> Iterator[int]:
