@@ -44,7 +44,7 @@ packages:
 	@PYTHON=$(PYTHON) scripts/packages.sh
 
 test-packages: packages
-	@PYTHON=$(PYTHON) scripts/packages.sh cpio
+	@PYTHON=$(PYTHON) scripts/packages.sh cpio chromium fonts-dejavu-core
 
 # Says what this host can do, and mends it. Emulation is allowed here alone: what runs in the demonstration is this
 # repository's own. A session of yours refuses it unless you say so.

@@ -30,11 +30,19 @@ class NetworkMode(StrEnum):
 
 
 class Accept(StrEnum):
-    """What may come back to the project without a person. Only `none` exists so far."""
+    """What comes back to the project without a person: nothing, what has no risk class, or all that is not blocked."""
 
     NONE = "none"
     SAFE = "safe"
     ALL = "all"
+
+
+class History(StrEnum):
+    """What of git's history the guest's own repository gets."""
+
+    NONE = "none"
+    SHALLOW = "shallow"
+    FULL = "full"
 
 
 @dataclass(frozen=True)

@@ -233,3 +233,19 @@ def make_tree(root: Path, files: dict[str, bytes | str]) -> Path:
 def words_of(path: Path) -> Sequence[str]:
     """The NUL-separated words of a file in /proc."""
     return path.read_bytes().rstrip(b"\0").decode().split("\0")
+
+
+def git(root: Path, *words: str) -> str:
+    """Plain git with an identity; its stdout without the last newline."""
+    identity = ["-c", "user.name=host", "-c", "user.email=host@example.org"]
+    done = subprocess.run(["git", "-C", root, *identity, *words], check=True, capture_output=True, text=True)
+    return done.stdout.rstrip("\n")
+
+
+def tree_of(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Every path below a folder: its mode with the kind, and its bytes or where it leads."""
+    found: dict[str, tuple[int, bytes]] = {}
+    for path in sorted(root.rglob("*")):
+        content = os.fsencode(os.readlink(path)) if path.is_symlink() else b"" if path.is_dir() else path.read_bytes()
+        found[str(path.relative_to(root))] = (path.lstat().st_mode, content)
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import time
@@ -80,27 +79,6 @@ def test_root_cannot_flood_the_host_through_its_console(rooted: Callable[[], Roo
     assert _size(guest.folder.path) + _size(guest.folder.run) - before < 64 << 20
     assert _resident(guest.qemu) - resident < 300 << 10, "KiB"
     assert guest.root("echo answers") == "answers"
-
-
-def test_root_cannot_lie_about_its_files_beyond_its_own_session(rooted: Callable[[], RootedGuest]) -> None:
-    """The program that reports changes is replaced: what it says is refused, and the terminal is not driven."""
-    guest = rooted()
-    guest.cli("push", guest.name, Path(__file__).parent)
-    program = "/usr/lib/vmsandbox/vmsandbox-manifest"
-    for lie, problem in (
-        (r"""printf '{"path":"../../x","kind":"dir","mode":493}\n{"entries":1}\n'""", "malformed"),
-        (r"printf '\033]52;c;eA==\007\n'", "malformed"),
-        ("true", "cut off"),
-    ):
-        script = base64.b64encode(f"#!/bin/sh\n{lie}\n".encode()).decode()
-        guest.root(f"echo {script} | base64 -d > {program}; chmod 755 {program}")
-        done = guest.cli("changes", guest.name, status=125)
-        assert problem in done.stderr.decode()
-        assert b"\x1b" not in done.stderr + done.stdout
-    guest.root(f"printf '#!/bin/sh\\nexec cat /dev/zero\\n' > {program}")
-    began = time.monotonic()
-    done = guest.cli("changes", guest.name, status=125, timeout=100)
-    assert b"line of more than" in done.stderr and time.monotonic() - began < 60
 
 
 def test_root_cannot_bring_a_network_card_up_or_reach_the_host(rooted: Callable[[], RootedGuest]) -> None:

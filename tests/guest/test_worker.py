@@ -63,7 +63,7 @@ def test_it_cannot_become_root(inside: Any) -> None:
         "ls /root",
         "echo x > /etc/passwd",
         "kill -9 1",
-        "touch /usr/lib/vmsandbox/vmsandbox-manifest",
+        "touch /usr/lib/vmsandbox/vmsandbox-return",
         "cat /run/vmsandbox/ssh_host_ed25519_key",
         "echo x >> /run/vmsandbox/authorized_keys",
         "insmod /dev/null",
@@ -105,7 +105,7 @@ def test_sshd_lets_in_the_key_alone(inside: Any) -> None:
 
 
 def test_the_programs_it_runs_through_are_roots(inside: Any) -> None:
-    programs = ("vmsandbox-control", "vmsandbox-manifest", "ssh-port")
+    programs = ("vmsandbox-control", "vmsandbox-return", "ssh-port")
     for path in (*(f"/usr/lib/vmsandbox/{name}" for name in programs), "/etc/systemd/system/vmsandbox-ssh@.service"):
         file = inside.file(path)
         assert file.user == "root" and file.mode & 0o022 == 0, path

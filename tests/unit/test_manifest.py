@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +13,6 @@ from vmsandbox.errors import GuestError
 from vmsandbox.review.manifest import Item, Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown, shown_bytes
 
-GUEST_PROGRAM = Path(__file__).parents[2] / "cloudinit/guest/vmsandbox-manifest"
 HEX = "ab" * 32
 
 
@@ -178,60 +174,6 @@ def test_names_that_a_folding_file_system_takes_for_one_are_found() -> None:
     assert Manifest(dict.fromkeys(names, item)).collisions() == [
         ("README", "readme"), ("STRASSE", "straße"), ("e\u0301", "\u00c9", "\u00e9"),
     ]  # fmt: skip
-
-
-def report(folder: Path, *, cwd: Path | None = None) -> Manifest:
-    done = subprocess.run([sys.executable, "-IS", GUEST_PROGRAM, folder], capture_output=True, check=True, cwd=cwd)
-    return parse_untrusted_manifest([done.stdout])
-
-
-def test_the_guests_program(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for name in (".git/hooks", "sub/.git", "sub/dir", os.fsdecode(b"bytes\xff")):
-        (tree / name).mkdir(parents=True)
-    (tree / ".git/hooks/x").write_text("x")
-    (tree / "other").mkdir()
-    (tree / "other/.git").write_text("gitdir: x")
-    (tree / "file").write_bytes(b"12345")
-    (tree / "file").chmod(0o4751)
-    (tree / "large").write_bytes(b"z" * ((2 << 20) + 3))
-    (tree / "new\nline \"'\\ \U0001f600").write_text("")
-    (tree / "out").symlink_to("/etc")
-    os.mkfifo(tree / "sub/fifo")
-    (tree / "linked").symlink_to(os.fsdecode(b"\xfe"))
-    items = report(tree).items
-    assert set(items) == {
-        "sub", "sub/dir", "sub/fifo", os.fsdecode(b"bytes\xff"), "other", "file", "large",
-        "new\nline \"'\\ \U0001f600", "out", "linked",
-    }  # fmt: skip
-    assert items["file"] == Item("file", 0o751, 5, "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5")
-    assert items["large"].size == (2 << 20) + 3
-    assert items["out"] == Item("symlink", 0, target="/etc") and items["sub/fifo"].kind == "other"
-    assert items["linked"].target == os.fsdecode(b"\xfe")
-
-
-def test_the_guests_program_survives_depth_and_sparse_files(tmp_path: Path) -> None:
-    with (tmp_path / "sparse").open("wb") as file:
-        file.truncate(1 << 40)
-    here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=here)
-        further = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = further
-    os.close(here)
-    try:
-        items = report(tmp_path).items
-    finally:
-        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
-    assert items["sparse"] == Item("file", items["sparse"].mode, 1 << 40, None)
-    assert max(path.count("/") for path in items) < 128
-    assert [item.kind for item in items.values()].count("other") == 1
-
-
-def test_the_guests_program_fails_loudly(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-IS", GUEST_PROGRAM, tmp_path / "none"], capture_output=True, check=False)
-    assert done.returncode != 0 and b"none" in done.stderr and b"entries" not in done.stdout
 
 
 @pytest.mark.parametrize(

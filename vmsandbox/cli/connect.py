@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import typer
 
-from vmsandbox.cli.guests import NameArgument
+from vmsandbox.cli.options import NameArgument
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder

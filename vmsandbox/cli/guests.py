@@ -1,4 +1,4 @@
-"""session, start, exec, shell, push, stop: what makes guests, works in them and ends them."""
+"""start, exec, shell, push, stop: guests that stay, work in them, and their end."""
 
 from __future__ import annotations
 
@@ -13,95 +13,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vmsandbox.cli.complete import session_names
+from vmsandbox.cli.options import (
+    BackupOption,
+    EmptyOption,
+    EmulationOption,
+    HistoryOption,
+    ImageOption,
+    JsonOption,
+    MemoryOption,
+    NameArgument,
+    NameOption,
+    NetOption,
+    PolicyOption,
+    PortsOption,
+    ProjectArgument,
+    VcpusOption,
+)
 from vmsandbox.cli.output import guest_command, guest_output, make_monitor, print_json
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.plan import SessionRequest
-from vmsandbox.spec import Accept, NetworkMode
+from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
     from vmsandbox.policy.values import Policy
-    from vmsandbox.review.changes import Changes
     from vmsandbox.session.sandbox import Sandbox
-
-ProjectArgument = Annotated[
-    Path, typer.Argument(metavar="[PATH]", help="Project to copy in.", show_default="this folder")
-]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The session.", autocompletion=session_names)]
-NameOption = Annotated[str | None, typer.Option("--name", "-n", help="Name of the session (default: made up).")]
-PolicyOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--policy", help="Policy file.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project"
-    ),
-]
-ImageOption = Annotated[str, typer.Option("--image", help="Image to boot; built on first use.")]
-NetOption = Annotated[NetworkMode, typer.Option("--net", help="What the guest may reach.")]
-AcceptOption = Annotated[Accept, typer.Option("--accept", help="What may come back without a person.")]
-EmulationOption = Annotated[
-    bool, typer.Option("--allow-emulation", help="Go on without KVM. Emulation is NOT a security boundary.")
-]
-EmptyOption = Annotated[bool, typer.Option("--empty", help="Copy nothing in.")]
-MemoryOption = Annotated[int, typer.Option("--memory", metavar="MIB", help="The guest's memory.")]
-VcpusOption = Annotated[int, typer.Option("--vcpus", metavar="N", help="The guest's processors.")]
-PortsOption = Annotated[int, typer.Option("--ssh-ports", metavar="N", help="SSH connections at once.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="A JSON document on stdout.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    app.command("session")(session)
     app.command("start")(start)
     app.command("exec", context_settings={"ignore_unknown_options": True})(exec_)
     app.command("shell")(shell)
     app.command("push")(push)
     app.command("stop")(stop)
-
-
-def session(
-    path: ProjectArgument = Path(),
-    name: NameOption = None,
-    policy: PolicyOption = None,
-    image: ImageOption = "base",
-    net: NetOption = NetworkMode.NONE,
-    accept: AcceptOption = Accept.NONE,
-    allow_emulation: EmulationOption = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the guest running afterwards.")] = False,
-    empty: EmptyOption = False,
-    memory: MemoryOption = 512,
-    vcpus: VcpusOption = 2,
-    ssh_ports: PortsOption = 6,
-    json: JsonOption = False,
-) -> int:
-    """Copy a project into a fresh guest, run COMMAND (or a shell) there, show what changed, throw the guest away.
-
-    vmsandbox session [PATH] [OPTIONS] [-- COMMAND …]
-    """
-    request = SessionRequest(
-        project=None if empty else path, name=name, image=image, network=net, accept=accept,
-        allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
-    )  # fmt: skip
-    sandbox = _open(request, policy)
-    command = guest_command()
-    changes: Changes | None = None
-    try:
-        status = _run(sandbox, command, stdout=2 if json else 1)
-        if sandbox.info.guest_folder:
-            changes = sandbox.changes()
-    except BaseException as error:
-        if not keep:
-            sandbox.close(f"ended by {type(error).__name__}")
-        raise
-    if keep:
-        sandbox.disconnect()
-    left = [] if keep else sandbox.close()
-    if json:
-        print_json(_session_report(sandbox, status, changes, left))
-    else:
-        _tell_end(sandbox, changes, left, keep)
-    return status
 
 
 def start(
@@ -110,6 +56,8 @@ def start(
     policy: PolicyOption = None,
     image: ImageOption = "base",
     net: NetOption = NetworkMode.NONE,
+    history: HistoryOption = History.NONE,
+    backup: BackupOption = True,
     allow_emulation: EmulationOption = False,
     empty: EmptyOption = False,
     memory: MemoryOption = 512,
@@ -119,10 +67,10 @@ def start(
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
     request = SessionRequest(
-        project=None if empty else path, name=name, image=image, network=net, allow_emulation=allow_emulation,
-        keep=True, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+        project=None if empty else path, name=name, image=image, network=net, history=history, backup=backup,
+        allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
     )  # fmt: skip
-    sandbox = _open(request, policy)
+    sandbox = open_guest(request, policy)
     sandbox.disconnect()
     if json:
         print_json({"name": sandbox.name, "id": sandbox.info.id, "grade": sandbox.info.grade})
@@ -147,14 +95,19 @@ def shell(name: NameArgument) -> int:
     return _attached(name, None)
 
 
-def push(name: NameArgument, path: ProjectArgument = Path(), policy: PolicyOption = None) -> int:
+def push(
+    name: NameArgument,
+    path: ProjectArgument = Path(),
+    policy: PolicyOption = None,
+    history: HistoryOption = History.NONE,
+) -> int:
     """Copy a project into a running guest (again): what was in its folder there is replaced."""
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
     sandbox = Sandbox.attach(name, monitor=monitor)
     try:
-        sandbox.push(path.absolute(), _policy(path, policy, monitor))
+        sandbox.push(path.absolute(), _policy(path, policy, monitor), history=history)
     finally:
         sandbox.disconnect()
     return 0
@@ -187,7 +140,8 @@ def stop(
     return 0
 
 
-def _open(request: SessionRequest, policy: Path | None) -> Sandbox:
+def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
+    """Start a guest with the project and its policy."""
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
@@ -214,12 +168,12 @@ def _attached(name: str, command: list[str] | None) -> int:
 
     sandbox = Sandbox.attach(name)
     try:
-        return _run(sandbox, command)
+        return run_in(sandbox, command)
     finally:
         sandbox.disconnect()
 
 
-def _run(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
+def run_in(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
     """Run a command, or a shell if there is none; a shell on a terminal gets a terminal."""
     began = time.monotonic()
     if command is None and os.isatty(0) and os.isatty(1):
@@ -251,31 +205,3 @@ def _stdin() -> int | None:
         return sys.stdin.fileno()
     except (AttributeError, ValueError, io.UnsupportedOperation):
         return None  # closed
-
-
-def _session_report(sandbox: Sandbox, status: int, changes: Changes | None, left: list[str]) -> dict[str, object]:
-    return {
-        "name": sandbox.name,
-        "id": sandbox.info.id,
-        "status": status,
-        "grade": sandbox.info.grade,
-        "image": {"name": sandbox.info.image, "digest": sandbox.info.image_digest},
-        "changes": changes.as_json() if changes else None,
-        "record": str(SessionFolder(sandbox.layout, sandbox.name).record_folder(sandbox.info.id)),
-        "leftovers": left,
-    }
-
-
-def _tell_end(sandbox: Sandbox, changes: Changes | None, left: list[str], keep: bool) -> None:
-    from vmsandbox.cli.looking import print_changes
-
-    if changes is not None:
-        print_changes(changes, sys.stderr)
-    where = f"record: {sandbox.info.id}"
-    if keep:
-        end = f"{sandbox.name} goes on: `vmsandbox shell {sandbox.name}`, `vmsandbox stop {sandbox.name}`"
-    else:
-        end = f"the guest is gone, isolation grade was '{sandbox.info.grade}'"
-    print(f"vmsandbox: {end}  ({where})", file=sys.stderr)
-    for item in left:
-        print(f"vmsandbox: WARNING: not removed: {item} (`vmsandbox gc` tries again)", file=sys.stderr)

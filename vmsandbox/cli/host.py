@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vmsandbox.cli.guests import EmulationOption, JsonOption
+from vmsandbox.cli.options import EmulationOption, JsonOption
 from vmsandbox.cli.output import make_monitor, print_json
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vmsandbox.cli.guests import JsonOption
+from vmsandbox.cli.options import JsonOption
 from vmsandbox.cli.output import make_monitor, print_json, print_table
 from vmsandbox.image.manifest import Image
 from vmsandbox.paths import Layout

@@ -1,4 +1,4 @@
-"""ls, changes, logs: what is there, what changed, what happened."""
+"""ls, logs: what is there, what happened."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ import json as json_module
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
-from vmsandbox.cli.guests import JsonOption, NameArgument
-from vmsandbox.cli.output import make_monitor, print_json, print_table
-from vmsandbox.errors import UserInputError, VmsandboxError
+from vmsandbox.cli.options import JsonOption, NameArgument
+from vmsandbox.cli.output import print_json, print_table
+from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.review.text import shown
 from vmsandbox.session.folder import SessionFolder, live_sessions
-
-if TYPE_CHECKING:
-    from vmsandbox.review.changes import Changes
-
-MOST_LINES = 40  # of each sort of change, for people; --json has all
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command("ls")(list_)
-    app.command("changes")(changes)
     app.command("logs")(logs)
 
 
@@ -72,44 +66,6 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     }
 
 
-def changes(name: NameArgument, json: JsonOption = False) -> int:
-    """List what changed in the guest since the project was copied in."""
-    from vmsandbox.session.sandbox import Sandbox
-
-    sandbox = Sandbox.attach(name, monitor=make_monitor())
-    try:
-        found = sandbox.changes()
-    finally:
-        sandbox.disconnect()
-    if json:
-        print_json(found.as_json())
-    else:
-        print_changes(found, sys.stdout)
-    return 0
-
-
-def print_changes(found: Changes, stream: TextIO) -> None:
-    """The change list for people. Every path is the guest's word and made visible before it is shown."""
-    if found.is_empty:
-        print("no changes", file=stream)
-        return
-    sections = (
-        ("A", [shown(one.path) for one in found.added]),
-        ("M", [shown(one.path) for one in found.modified]),
-        ("D", [shown(one.path) for one in found.deleted]),
-        ("R", [f"{shown(one.old)} → {shown(one.new)}" for one in found.renamed]),
-        ("T", [f"{shown(one.path)} ({one.before.kind} → {one.after.kind})" for one in found.kind_changed]),
-        ("X", [f"{shown(one.path)} ({one.before.mode:04o} → {one.after.mode:04o})" for one in found.mode_changed]),
-    )
-    for letter, lines in sections:
-        for line in lines[:MOST_LINES]:
-            print(f"{letter} {line}", file=stream)
-        if len(lines) > MOST_LINES:
-            print(f"{letter} … and {len(lines) - MOST_LINES} more (--json has all)", file=stream)
-    counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in found.counts.items() if count)
-    print(f"{counts} — nothing was brought back", file=stream)
-
-
 def logs(
     name: NameArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
@@ -117,8 +73,10 @@ def logs(
     json: JsonOption = False,
 ) -> int:
     """Show a session's events, checked against their chain. NAME may also be the id of an ended session."""
+    from vmsandbox.session.record import find_record
+
     layout = Layout.from_environment()
-    record = find_record(layout, name)
+    record = find_record(layout, name).folder
     if withheld:
         return _show_withheld(record, json)
     shown_until = 0
@@ -130,24 +88,6 @@ def logs(
         if not follow or any(entry["kind"] == "session.closed" for entry in records):
             return 0
         time.sleep(0.3)
-
-
-def find_record(layout: Layout, name: str) -> Path:
-    """The record folder of a live session, of a session id, or of the newest session that had this name.
-
-    Raises UserInputError if there is none.
-    """
-    try:
-        return layout.records / SessionFolder(layout, name).info().id
-    except VmsandboxError:
-        pass
-    ended = sorted(layout.records.glob("*")) if layout.records.is_dir() else []
-    matching = [path for path in ended if name in (path.name, path.name[16:-7])]
-    if not matching:
-        raise UserInputError(
-            f"no session was ever called {shown(name)!r} here", resolution=f"look into {layout.records}"
-        )
-    return matching[-1]
 
 
 def _records(record: Path) -> list[dict[str, Any]]:

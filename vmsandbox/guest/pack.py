@@ -24,6 +24,7 @@ from vmsandbox.errors import UserInputError
 from vmsandbox.guest.walk import OPEN_FOLDER, Entry, Walk
 from vmsandbox.review.manifest import Item, Manifest
 from vmsandbox.review.text import shown
+from vmsandbox.review.values import Contents
 
 _BATCH = 256 << 10  # bytes collected before one write
 _CHUNK = 1 << 20  # bytes read at once
@@ -63,6 +64,30 @@ def pack(
         for entry in walk.entries:
             packer.add(entry)
         return packer.finish()
+
+
+def pack_returned(manifest: Manifest, contents: Contents, write: Callable[[bytes], object]) -> None:
+    """Send a tree that no folder on the host holds: its manifest, and where the bytes of its files are.
+
+    Entries without bytes (a guest did not give them) and of other kinds are left out.
+    """
+    for path in sorted(manifest.items, key=os.fsencode):
+        item = manifest.items[path]
+        stream = contents.open(item.sha256) if item.kind == "file" and item.sha256 is not None else None
+        if item.kind == "other" or (item.kind == "file" and stream is None):
+            continue
+        header = tarfile.TarInfo(path)
+        header.type, header.mode, header.size = _TYPES[item.kind], item.mode, item.size
+        header.linkname = item.target or ""
+        write(header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
+        if stream is not None:
+            with stream:
+                left = item.size
+                while left and (piece := stream.read(min(left, _CHUNK))):
+                    left -= len(piece)
+                    write(piece)
+            write(bytes(left + -item.size % _BLOCK))
+    write(bytes(2 * _BLOCK))
 
 
 class _Packer:

@@ -9,12 +9,17 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/memory.json     the inode of the sealed memory it maps, if it does
     live/<name>/qemu.pid        its QEMU process
     live/<name>/port.N          locked by the process that uses SSH port N
+    live/<name>/baseline        what the guest listed right after the push (untrusted)
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     run/<name>/                 sockets
     records/<id>/events.jsonl   the journal
     records/<id>/pushed.jsonl   manifest of what was copied in
     records/<id>/withheld.json  what stayed on the host, and why
-    records/<id>/changes.json   the last comparison
+    records/<id>/base.jsonl     the same, with what was accepted since
+    records/<id>/quarantine/    what came back (vmsandbox.receive.store)
+    records/<id>/accepted.jsonl what was accepted, and by whom
+    records/<id>/backup/        the project of before (vmsandbox.session.backup)
+    records/<id>/history.json   what the guest's repository started from
 """
 
 from __future__ import annotations

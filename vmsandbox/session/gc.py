@@ -23,6 +23,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
 from vmsandbox.session.teardown import tear_down
+from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
 
 UNUSED_TEMPLATE_DAYS = 30
 
@@ -49,6 +50,8 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
     removed += [
         Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()
     ]
+    removed += [Removed("record", *part) for part in parts_in_records(layout)]
+    removed += [Removed("project", *part) for part in unfinished_projects(layout)]
     return removed
 
 

@@ -23,7 +23,7 @@ from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.seed import render_seed
-from vmsandbox.spec import Accelerator, Accept, GuestShape, NetworkMode
+from vmsandbox.spec import Accelerator, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
 
@@ -33,6 +33,7 @@ class SessionRequest:
     """What a person asked for.
 
     project: folder on the host to copy in (None: an empty guest). name: None lets one be made up.
+    history: of the guest's own repository. backup: keep the project's tree of before in the record.
     """
 
     project: Path | None = None
@@ -40,7 +41,8 @@ class SessionRequest:
     policy: Policy = field(default_factory=Policy)
     image: str = "base"
     network: NetworkMode = NetworkMode.NONE
-    accept: Accept = Accept.NONE
+    history: History = History.NONE
+    backup: bool = True
     allow_emulation: bool = False
     keep: bool = False
     memory_mib: int = 512
@@ -53,12 +55,6 @@ class SessionRequest:
             raise UserInputError(
                 f"--net {self.network} is not available in this version",
                 resolution="use --net none: the guest has no network card",
-            )
-        if self.accept is not Accept.NONE:
-            raise UserInputError(
-                f"--accept {self.accept} is not available in this version: nothing is brought back yet",
-                resolution="use --accept none; `vmsandbox changes NAME` shows what changed, and "
-                "`vmsandbox ssh-config NAME` lets scp fetch a file that you chose",
             )
         for what, value, least, most in (
             ("--memory", self.memory_mib, 256, 1 << 20),

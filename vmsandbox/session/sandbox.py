@@ -14,6 +14,7 @@ import threading
 import time
 import uuid as uuids
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,7 @@ from vmsandbox.errors import VmsandboxError
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.fork import DOMAIN_PREFIX, ForkRequest, start_fork
-from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid_file
-from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
+from vmsandbox.hypervisor.isolation import Isolation
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal
 from vmsandbox.monitor import Monitor
@@ -41,13 +41,18 @@ from vmsandbox.session.folder import (
     process_started,
 )
 from vmsandbox.session.identity import give_identity
+from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
 from vmsandbox.session.teardown import tear_down
-from vmsandbox.spec import WORKER
+from vmsandbox.session.unfinished import make_whole
+from vmsandbox.spec import WORKER, History
 
 if TYPE_CHECKING:
     from vmsandbox.guest.ssh import GuestShell
     from vmsandbox.review.changes import Changes
+    from vmsandbox.session.backup import Backup
+    from vmsandbox.session.collect import Collected
+    from vmsandbox.session.commits import ReturnedCommits
 
 LOGIN_DEADLINE = 30  # seconds
 IDENTITY_DEADLINE = 30
@@ -101,14 +106,19 @@ class Sandbox:
         # tear it out of compiled code, which aborts ("FATAL: exception not rethrown", status 134).
         threading.Thread(target=_import_ssh).start()
         runner = programs or Programs()
+        if asked.project is not None:
+            make_whole(asked.project, listener)  # before it is copied in half old, half new
         host = Host.open()
         try:
             prepared = prepare(asked, where, host, runner, listener)
             sandbox = cls._claim(asked, prepared, where, listener)
             try:
+                backup = sandbox._back_up(asked, runner)
                 sandbox._start(host, asked, prepared, runner)
                 if asked.project is not None:
-                    sandbox.push(asked.project, asked.policy, runner)
+                    sandbox.push(asked.project, asked.policy, runner, asked.history)
+                if backup is not None:
+                    backup.result()
             except BaseException as error:
                 sandbox._failed(error)
                 raise
@@ -194,17 +204,46 @@ class Sandbox:
         self.ended(status, time.monotonic() - began)
         return status
 
-    def push(self, project: Path, policy: Policy | None = None, programs: Programs | None = None) -> None:
-        """Copy a project into the guest (see `vmsandbox.session.project`)."""
+    def push(
+        self,
+        project: Path,
+        policy: Policy | None = None,
+        programs: Programs | None = None,
+        history: History = History.NONE,
+    ) -> None:
+        """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`)."""
+        from vmsandbox.session.history import give_history
         from vmsandbox.session.project import push_project
 
-        self.info = push_project(self, project, policy or Policy(), programs or Programs())
+        rules, runner = policy or Policy(), programs or Programs()
+        self.info = push_project(self, project, rules, runner)
+        give_history(self, project, history.value, rules, runner)
 
     def changes(self) -> Changes:
         """What the guest's tree has that was not pushed, and the other way round."""
-        from vmsandbox.session.project import list_changes
+        from vmsandbox.review.changes import compare
 
-        return list_changes(self)
+        collected = self.collect()
+        return compare(collected.pushed, collected.returned)
+
+    def collect(self) -> Collected:
+        """Fetch what changed into the record's quarantine (see `vmsandbox.session.collect`)."""
+        from vmsandbox.session.collect import collect
+
+        return collect(self)
+
+    def commits(self, project: Path) -> ReturnedCommits:
+        """Take the guest's commits into the project's repository, below refs/vmsandbox (`session.commits`)."""
+        from vmsandbox.session.commits import collect_commits
+
+        landed = collect_commits(self, project, Programs())
+        self.journal.append(events.CommitsReturned([branch.ref for branch in landed.branches], list(landed.skipped)))
+        return landed
+
+    def keep(self) -> None:
+        """Let the guest outlive this process, until `stop`."""
+        self.info = replace(self.info, owner_pid=0, owner_started=0)
+        self.folder.update(self.info)
 
     # -- starting ------------------------------------------------------------------------------------------
 
@@ -241,6 +280,18 @@ class Sandbox:
             raise
         return sandbox
 
+    def _back_up(self, asked: SessionRequest, programs: Programs) -> Future[Backup] | None:
+        """Keep the tree of before in the record, while the guest starts."""
+        if asked.project is None or not asked.backup:
+            return None
+        from vmsandbox.session.backup import keep_project
+
+        pool = ThreadPoolExecutor(1, "backup")
+        try:
+            return pool.submit(keep_project, self.layout, self.info.id, asked.project, programs)
+        finally:
+            pool.shutdown(wait=False)
+
     def _start(self, host: Host, asked: SessionRequest, prepared: Prepared, programs: Programs) -> None:
         began = time.monotonic()
         request = ForkRequest(
@@ -267,43 +318,9 @@ class Sandbox:
         self.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
 
     def _inspect(self, host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
-        """While the guest is still paused: only the devices we asked for, and the grade of what really runs."""
-        check_live_xml(
-            live_xml,
-            ExpectedDevices(
-                accelerator=plan.shape.accelerator,
-                uuid=plan.uuid,
-                machine=plan.machine,
-                emulator=plan.emulator,
-                kernel=plan.kernel,
-                initrd=plan.initrd,
-                cmdline=plan.cmdline,
-                disk_chain=plan.disk_chain,
-                channels=plan.channels,
-                serial=("unix", plan.console_socket),
-                qemu_args=plan.qemu_args,
-            ),
-        )
-        pid = read_pid_file(pid_file(host.uri, plan.name))
-        (self.folder.path / "qemu.pid").write_text(str(pid))
-        self.isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
+        self.isolation = inspect_guest(host, prepared, plan, live_xml, self.folder, self.journal)
         self.info = replace(self.info, grade=self.isolation.grade.value)
         self.folder.update(self.info)
-        self.journal.append(
-            events.ForkStarted(
-                image=prepared.image.name,
-                image_digest=prepared.image.digest,
-                template=prepared.template.key,
-                network="none",
-                vcpus=plan.shape.vcpus,
-                memory_mib=plan.shape.memory_mib,
-            )
-        )
-        evidence = {
-            name: ("ok: " if check.ok else "missing: ") + check.evidence
-            for name, check in self.isolation.checks.items()
-        }
-        self.journal.append(events.IsolationAssessed(self.isolation.grade.value, evidence))
 
     def _failed(self, error: BaseException) -> None:
         brief = error.brief if isinstance(error, VmsandboxError) else f"interrupted ({type(error).__name__})"

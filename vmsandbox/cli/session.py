@@ -1,0 +1,162 @@
+"""session: one guest from its start to what comes back of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmsandbox.cli.guests import open_guest, run_in
+from vmsandbox.cli.options import (
+    AcceptOption,
+    BackupOption,
+    CommitsOption,
+    EmptyOption,
+    EmulationOption,
+    HistoryOption,
+    ImageOption,
+    JsonOption,
+    MemoryOption,
+    NameOption,
+    NetOption,
+    PolicyOption,
+    PortsOption,
+    ProjectArgument,
+    VcpusOption,
+)
+from vmsandbox.cli.output import guest_command, print_json
+from vmsandbox.cli.showing import as_json, print_review, tell_applied, tell_commits
+from vmsandbox.errors import VmsandboxError
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.plan import SessionRequest
+from vmsandbox.spec import Accept, History, NetworkMode
+
+if TYPE_CHECKING:
+    from vmsandbox.session.commits import ReturnedCommits
+    from vmsandbox.session.sandbox import Sandbox
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command("session")(session)
+
+
+def session(
+    path: ProjectArgument = Path(),
+    name: NameOption = None,
+    policy: PolicyOption = None,
+    image: ImageOption = "base",
+    net: NetOption = NetworkMode.NONE,
+    accept: AcceptOption = None,
+    commits: CommitsOption = False,
+    history: HistoryOption = History.NONE,
+    backup: BackupOption = True,
+    allow_emulation: EmulationOption = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the guest running afterwards.")] = False,
+    empty: EmptyOption = False,
+    memory: MemoryOption = 512,
+    vcpus: VcpusOption = 2,
+    ssh_ports: PortsOption = 6,
+    json: JsonOption = False,
+) -> int:
+    """Copy a project into a fresh guest, run COMMAND (or a shell) there, show what changed, throw the guest away.
+
+    vmsandbox session [PATH] [OPTIONS] [-- COMMAND …]
+    """
+    request = SessionRequest(
+        project=None if empty else path, name=name, image=image, network=net, history=history, backup=backup,
+        allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+    )  # fmt: skip
+    sandbox = open_guest(request, policy)
+    try:
+        status = run_in(sandbox, guest_command(), stdout=2 if json else 1)
+    except BaseException as error:
+        if not keep:
+            sandbox.close(f"ended by {type(error).__name__}")
+        raise
+    pushed = sandbox.info.guest_folder is not None
+    landed: ReturnedCommits | None = None
+    if pushed:
+        landed = _collect(sandbox, path if commits else None)
+    if keep:
+        sandbox.disconnect()
+    left = [] if keep else sandbox.close()
+    # The guest is gone before anybody is asked about what it left.
+    outcome = _bring_back(sandbox, accept, json) if pushed else None
+    if json:
+        print_json(_session_report(sandbox, status, outcome, landed, left))
+    else:
+        if landed is not None:
+            tell_commits(landed, sys.stderr)
+        _tell_end(sandbox, left, keep)
+    return status
+
+
+def _collect(sandbox: Sandbox, commits_into: Path | None) -> ReturnedCommits | None:
+    """Fetch what changed. If that fails, the guest goes on: its work is nowhere else."""
+    try:
+        sandbox.collect()
+        return sandbox.commits(commits_into) if commits_into else None
+    except VmsandboxError as error:
+        sandbox.keep()
+        sandbox.disconnect()
+        name = sandbox.name
+        goes_on = f"the guest goes on: `vmsandbox changes {name}` tries again, `vmsandbox stop {name}` ends it"
+        error.resolution = "\n".join(filter(None, (error.resolution, goes_on)))
+        raise
+    except BaseException as error:
+        sandbox.close(f"ended by {type(error).__name__}")
+        raise
+
+
+def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str, object]:
+    """Review what lies in quarantine, take what was asked for; returns it for `--json`."""
+    from vmsandbox.cli.returning import choose, take
+    from vmsandbox.session.acceptance import review_with_commands
+    from vmsandbox.session.record import find_record
+
+    returned = review_with_commands(find_record(sandbox.layout, sandbox.info.id), sandbox.layout, sandbox.monitor)
+    if not json:
+        print_review(returned.review, sys.stderr)
+    applied = None
+    if returned.review.changes and not (json and accept is None):
+        selection, by = choose(returned, accept)
+        applied = take(returned, selection, by) if selection else None
+    if returned.review.changes and not json:
+        tell_applied(returned, applied, sys.stderr)
+        if applied is None:
+            print(f"vmsandbox: it waits in quarantine: `vmsandbox accept {sandbox.info.id}`", file=sys.stderr)
+    return {"changes": as_json(returned), "applied": list(applied.paths) if applied else []}
+
+
+def _session_report(
+    sandbox: Sandbox,
+    status: int,
+    outcome: dict[str, object] | None,
+    landed: ReturnedCommits | None,
+    left: list[str],
+) -> dict[str, object]:
+    return {
+        "name": sandbox.name,
+        "id": sandbox.info.id,
+        "status": status,
+        "grade": sandbox.info.grade,
+        "image": {"name": sandbox.info.image, "digest": sandbox.info.image_digest},
+        **(outcome or {"changes": None, "applied": []}),
+        "commits": landed.as_json() if landed else None,
+        "record": str(SessionFolder(sandbox.layout, sandbox.name).record_folder(sandbox.info.id)),
+        "leftovers": left,
+    }
+
+
+def _tell_end(sandbox: Sandbox, left: list[str], keep: bool) -> None:
+    where = f"record: {sandbox.info.id}"
+    if keep:
+        end = f"{sandbox.name} goes on: `vmsandbox shell {sandbox.name}`, `vmsandbox stop {sandbox.name}`"
+    else:
+        end = f"the guest is gone, isolation grade was '{sandbox.info.grade}'"
+    print(f"vmsandbox: {end}  ({where})", file=sys.stderr)
+    for item in left:
+        print(f"vmsandbox: WARNING: not removed: {item} (`vmsandbox gc` tries again)", file=sys.stderr)

@@ -1,0 +1,60 @@
+"""Looks at a guest that is still paused: only the devices that were asked for, and the grade of what really runs.
+
+Nothing of a request counts here. Were the grade worked out from what was asked for, a libvirt hook or another tool
+could add a device or take the confinement away, and the report would still say `isolated`.
+"""
+
+from __future__ import annotations
+
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid_file
+from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
+from vmsandbox.journal import events
+from vmsandbox.journal.chain import Journal
+from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.plan import Prepared
+
+
+def inspect_guest(
+    host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str, folder: SessionFolder, journal: Journal
+) -> Isolation:
+    """Check a paused guest and write down what it is.
+
+    Raises:
+        RefusedError: the live XML has something that was not asked for.
+    """
+    check_live_xml(
+        live_xml,
+        ExpectedDevices(
+            accelerator=plan.shape.accelerator,
+            uuid=plan.uuid,
+            machine=plan.machine,
+            emulator=plan.emulator,
+            kernel=plan.kernel,
+            initrd=plan.initrd,
+            cmdline=plan.cmdline,
+            disk_chain=plan.disk_chain,
+            channels=plan.channels,
+            serial=("unix", plan.console_socket),
+            qemu_args=plan.qemu_args,
+        ),
+    )
+    pid = read_pid_file(pid_file(host.uri, plan.name))
+    (folder.path / "qemu.pid").write_text(str(pid))
+    isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
+    journal.append(
+        events.ForkStarted(
+            image=prepared.image.name,
+            image_digest=prepared.image.digest,
+            template=prepared.template.key,
+            network="none",
+            vcpus=plan.shape.vcpus,
+            memory_mib=plan.shape.memory_mib,
+        )
+    )
+    evidence = {
+        name: ("ok: " if check.ok else "missing: ") + check.evidence for name, check in isolation.checks.items()
+    }
+    journal.append(events.IsolationAssessed(isolation.grade.value, evidence))
+    return isolation

@@ -1,0 +1,114 @@
+"""What stays of a session, and what can still be done with it when its guest is gone.
+
+The guest's work lies in the record's quarantine until it is collected anew; a person may look at it and accept it
+long after the session. Everything here works from the record's folder alone.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.journal.chain import Journal, verified_records
+from vmsandbox.paths import Layout
+from vmsandbox.receive.store import Quarantine
+from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
+from vmsandbox.review.text import shown
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.plan import SessionRequest
+
+_LIMITS = ManifestLimits(bytes=1 << 30, entries=1_000_000)  # our own files
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record folder of one session, live or ended."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """The session's id."""
+        return self.folder.name
+
+    @property
+    def journal(self) -> Journal:
+        """The session's journal."""
+        return Journal(self.folder / "events.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, checked against their chain. Raises JournalError."""
+        path = self.folder / "events.jsonl"
+        return list(verified_records(path)) if path.exists() else []
+
+    @property
+    def project(self) -> Path:
+        """The folder on the host that was pushed last. Raises UserInputError if nothing was."""
+        for event in reversed(self.events()):
+            if event["kind"] == "project.pushed":
+                return Path(event["data"]["project"])
+        raise UserInputError(
+            f"nothing was copied into session {self.id}",
+            resolution="`vmsandbox push NAME PATH` copies a project into a running session",
+        )
+
+    def request(self) -> SessionRequest:
+        """What kind of guest the session had, to start another like it."""
+        for event in self.events():
+            if event["kind"] == "guest.forked":
+                data = event["data"]
+                return SessionRequest(image=data["image"], vcpus=data["vcpus"], memory_mib=data["memory_mib"])
+        return SessionRequest()
+
+    def pushed(self) -> Manifest:
+        """What was copied in."""
+        return self._manifest("pushed.jsonl")
+
+    def base(self) -> Manifest:
+        """What the project has of the guest's tree: what was pushed, and what was accepted since."""
+        return self._manifest("base.jsonl") if (self.folder / "base.jsonl").exists() else self.pushed()
+
+    def set_base(self, manifest: Manifest) -> None:
+        """Note what the project has now, after changes were accepted."""
+        fresh = self.folder / "base.jsonl.new"
+        fresh.write_bytes(b"".join(manifest.lines()))
+        fresh.replace(self.folder / "base.jsonl")
+
+    def quarantine(self) -> Quarantine:
+        """What came back last. Raises UserInputError if nothing did; GuestError or HostError if it is damaged."""
+        folder = self.folder / "quarantine"
+        if not folder.is_dir():
+            raise UserInputError(
+                f"nothing of session {self.id} waits to be accepted",
+                resolution="changes are fetched by `vmsandbox changes NAME` while the guest runs, and when it ends",
+            )
+        return Quarantine.load(folder)
+
+    def _manifest(self, name: str) -> Manifest:
+        try:
+            return parse_untrusted_manifest([(self.folder / name).read_bytes()], _LIMITS)
+        except FileNotFoundError:
+            raise UserInputError(f"nothing was copied into session {self.id}") from None
+        except (OSError, VmsandboxError) as error:
+            raise HostError(f"the record of session {self.id} is damaged: {name}", details=str(error)) from error
+
+
+def find_record(layout: Layout, name: str) -> Record:
+    """The record of a live session, of a session id, or of the newest session that had this name.
+
+    Raises:
+        UserInputError: there is none.
+    """
+    with suppress(VmsandboxError):
+        return Record(layout.records / SessionFolder(layout, name).info().id)
+    ended = sorted(layout.records.glob("*")) if layout.records.is_dir() else []
+    matching = [path for path in ended if name in (path.name, path.name[16:-7])]
+    if not matching:
+        raise UserInputError(
+            f"no session was ever called {shown(name)!r} here", resolution=f"look into {os.fspath(layout.records)}"
+        )
+    return Record(matching[-1])
