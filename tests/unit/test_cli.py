@@ -168,15 +168,16 @@ def test_each_end_has_its_status(monkeypatch: pytest.MonkeyPatch, error: BaseExc
     assert app._run(["ls"]) == status
 
 
-def test_a_guests_words_are_made_visible(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guests_words_are_made_visible(capsys: pytest.CaptureFixture[str]) -> None:
     """A name with an escape sequence, a newline and a right-to-left override, as a guest may report it."""
-    from vmsandbox.cli.looking import print_changes
-    from vmsandbox.review.changes import Changes, One, Renamed
+    from vmsandbox.cli.showing import print_review
     from vmsandbox.review.manifest import Item
+    from vmsandbox.review.values import FileChange, Review
 
     item = Item("file", 0o644, 1, "0" * 64)
     evil = "a\x1b]52;c;eA==\x07\nM  fake\u202egpj.sh\udcff"
-    print_changes(Changes(added=(One(evil, item),), renamed=(Renamed(evil, "b", item, item),)), sys.stdout)
+    changes = (FileChange(evil, "added", None, item), FileChange("b", "renamed", item, item, old_path=evil))
+    print_review(Review("0" * 64, changes), sys.stdout)
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\u202e" not in shown and "\x07" not in shown
     assert len(shown.splitlines()) == 3, "a name must not begin a line of its own"
@@ -184,11 +185,11 @@ def test_a_guests_words_are_made_visible(home: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_long_list_is_cut_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    from vmsandbox.cli.looking import MOST_LINES, print_changes
-    from vmsandbox.review.changes import Changes, One
+    from vmsandbox.cli.showing import MOST_LINES, print_review
     from vmsandbox.review.manifest import Item
+    from vmsandbox.review.values import FileChange, Review
 
-    many = tuple(One(f"f{number:04}", Item("dir", 0o755)) for number in range(1000))
-    print_changes(Changes(added=many), sys.stdout)
+    many = tuple(FileChange(f"f{number:04}", "added", None, Item("dir", 0o755)) for number in range(1000))
+    print_review(Review("0" * 64, many), sys.stdout)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == MOST_LINES + 2 and "960 more" in lines[-2] and "1000 added" in lines[-1]
+    assert len(lines) == MOST_LINES + 2 and "940 more" in lines[-2] and "1000 added" in lines[-1]

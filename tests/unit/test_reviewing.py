@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 from collections.abc import Iterator, Sequence
@@ -96,7 +95,8 @@ def _child(review: Review, write_end: int, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         while os.read(0, 100) != b"ready\n":
             pass
-        out = io.TextIOWrapper(sys.__stdout__.buffer, encoding=environment.get("ENCODING", "utf-8"))  # type: ignore[union-attr]
+        # Not Python's own stdout: where that is a file, its buffer would look for its old place in the terminal.
+        out = open(1, "w", encoding=environment.get("ENCODING", "utf-8"), closefd=False)  # noqa: SIM115
         selection = review_in_terminal(review, 0, out)
         out.flush()
         os.write(write_end, repr(selection).encode("utf-8", "surrogateescape"))
