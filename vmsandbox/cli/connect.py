@@ -46,6 +46,9 @@ def ssh_config(name: NameArgument) -> int:
         "ForwardAgent": "no",
         "ForwardX11": "no",
         "UpdateHostKeys": "no",
+        # Also against lost wake-ups in an emulated guest (guest/ssh.py); it is not for ending slow connections.
+        "ServerAliveInterval": "1",
+        "ServerAliveCountMax": "600",
         "LogLevel": "ERROR",
     }
     print(f"Host {folder.ssh_host}")

@@ -39,6 +39,9 @@ _HANDSHAKE_BYTES = 256 * 1024  # all that a server may send before it is authent
 _PACKET_BYTES = 512 * 1024  # RFC 4253 6.1 asks for 35,000; OpenSSH allows 256 KiB
 _WINDOW = 4 * 1024 * 1024
 _PACKET_PAYLOAD = 64 * 1024
+# Seconds. Under emulation (QEMU 7.2, Linux 6.12) one command in a hundred meets a lost wake-up: the driver there holds
+# what we sent, and sshd sleeps on it until something else arrives at the port. Then this does.
+KEEPALIVE = 0.5
 USER_KEY_TYPE = "ssh-ed25519"
 
 
@@ -165,6 +168,7 @@ class GuestShell:
             packetizer = transport.packetizer
             assert isinstance(packetizer, _BoundedPacketizer)
             packetizer.budget = None
+            transport.set_keepalive(KEEPALIVE)
         except (paramiko.SSHException, OSError, EOFError, ValueError) as error:
             transport.close()
             raise GuestError(
@@ -276,6 +280,14 @@ def remote_command(command: Sequence[str] | None, cwd: str | None = None, env: d
     # exec --: a shell builtin's name, or a name like -c, is looked up as a program.
     parts.append(" ".join([*prefix, "exec --", shlex.join(words)]))
     return "; ".join(parts)
+
+
+def exit_status(channel: Any, seconds: float) -> int:
+    """A command's exit status. Raises GuestError if it does not end within `seconds`."""
+    if not channel.status_event.wait(seconds):
+        raise GuestError(f"a command in the guest did not end in {seconds:g} seconds")
+    status: int = channel.recv_exit_status()
+    return status
 
 
 def send_signal(channel: Any, name: str) -> None:

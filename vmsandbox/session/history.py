@@ -137,6 +137,8 @@ def _send(sandbox: Sandbox, repository: GuestRepository, target: str) -> None:
     channel = sandbox.shell().start(
         ["sh", "-c", 'rm -rf -- "$1/.git" && exec tar -x --no-same-owner -f - -C "$1"', "sh", target]
     )
+    from vmsandbox.guest.ssh import exit_status
+
     try:
         with tarfile.open(fileobj=_Writer(channel), mode="w|", format=tarfile.GNU_FORMAT, bufsize=_PIECE) as tar:  # type: ignore[call-overload]
             for path, content in repository.small.items():
@@ -146,8 +148,7 @@ def _send(sandbox: Sandbox, repository: GuestRepository, target: str) -> None:
                 with repository.pack.with_suffix(ending).open("rb") as file:
                     tar.addfile(_member(name + ending, os.fstat(file.fileno()).st_size), file)
         channel.shutdown_write()
-        channel.settimeout(300)
-        if (status := channel.recv_exit_status()) != 0:
+        if (status := exit_status(channel, 300)) != 0:
             untrusted = channel.recv_stderr(4000) if channel.recv_stderr_ready() else b""
             raise GuestError(f"the guest did not take its repository: status {status}", details=shown_bytes(untrusted))
     except OSError as error:

@@ -102,8 +102,9 @@ def _all_of(channel: Any) -> bytes:
 
 
 def _expect_success(channel: Any) -> None:
-    channel.settimeout(600)
-    status = channel.recv_exit_status()
+    from vmsandbox.guest.ssh import exit_status
+
+    status = exit_status(channel, 600)
     if status != 0:
         raise GuestError(f"the guest's side failed with status {status}", details=last_words(channel))
 

@@ -65,14 +65,15 @@ def _one(guest: Sandbox, folder: str, rule: CommandRule) -> tuple[Finding, ...]:
 
 
 def _send(guest: Sandbox, folder: str, tree: Manifest, contents: Contents) -> None:
+    from vmsandbox.guest.ssh import exit_status
+
     channel = guest.shell().start(
         ["sh", "-c", 'mkdir -m 0700 -- "$1" && exec tar -x -p --no-same-owner -f - -C "$1"', "sh", folder]
     )
     try:
         pack_returned(tree, contents, channel.sendall)
         channel.shutdown_write()
-        channel.settimeout(COMMAND_DEADLINE)
-        if (status := channel.recv_exit_status()) != 0:
+        if (status := exit_status(channel, COMMAND_DEADLINE)) != 0:
             raise GuestError(f"the guest did not take the tree: tar ended with status {status}")
     except OSError as error:
         raise GuestError("the guest stopped taking the tree", details=str(error)) from error
