@@ -17,7 +17,7 @@ help: ## this list
 
 session: doctor ## set everything up, then run a session on this repository (first run: minutes)
 	@echo "== a session: this repository goes into a guest, scripts/in-the-guest.sh runs there, the guest goes away"
-	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/vmsandbox session . -- sh scripts/in-the-guest.sh
+	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/vmsandbox session . --accept none -- sh scripts/in-the-guest.sh
 
 test: check ## set everything up, then lint, types, layers, unit tests and tests with real guests
 	@echo "== daemons for the tests with guests (these allow emulation: what runs in them is this repository's own)"
@@ -34,8 +34,9 @@ check: $(VENV)/.dev ## lint, types and layers, no tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## measure how long a guest takes to start, against a bare QEMU
+bench: $(VENV)/.dev ## measure how long a guest takes to start, and a project to go in and come back
 	$(BIN)/python benchmarks/startup.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/transfer.py
 
 setup: packages $(VENV)/.user ## Debian packages and a virtual environment, nothing else
 	@$(BIN)/vmsandbox --help > /dev/null
