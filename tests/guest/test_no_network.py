@@ -16,7 +16,7 @@ from vmsandbox.hypervisor.connection import Host, default_uri
 from vmsandbox.hypervisor.fork import DOMAIN_PREFIX
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
 from vmsandbox.render.domain import DiskImage
-from vmsandbox.session import sandbox as sandbox_module
+from vmsandbox.session import inspection
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
@@ -96,7 +96,7 @@ def test_a_device_that_another_tool_plugs_in_is_refused(
             host.close()
 
     guest = fork()  # the layout and the template are there
-    monkeypatch.setattr(sandbox_module, "check_live_xml", plug_first)
+    monkeypatch.setattr(inspection, "check_live_xml", plug_first)
     with pytest.raises(RefusedError) as refused:
         Sandbox.open(request=SessionRequest(name="plugged", allow_emulation=True), layout=guest.cli.layout)
     assert done == [device]
