@@ -79,12 +79,16 @@ def session(
     pushed = sandbox.info.guest_folder is not None
     landed: ReturnedCommits | None = None
     if pushed:
-        landed = _collect(sandbox, path if commits else None)
+        landed = _collect(sandbox, path if commits else None, keep)
     if keep:
         sandbox.disconnect()
     left = [] if keep else sandbox.close()
     # The guest is gone before anybody is asked about what it left.
-    outcome = _bring_back(sandbox, accept, json) if pushed else None
+    try:
+        outcome = _bring_back(sandbox, accept, json) if pushed else None
+    except VmsandboxError as error:
+        _advise(error, f"what came back waits in quarantine: `vmsandbox accept {sandbox.info.id}`")
+        raise
     if json:
         print_json(_session_report(sandbox, status, outcome, landed, left))
     else:
@@ -94,7 +98,7 @@ def session(
     return status
 
 
-def _collect(sandbox: Sandbox, commits_into: Path | None) -> ReturnedCommits | None:
+def _collect(sandbox: Sandbox, commits_into: Path | None, keep: bool) -> ReturnedCommits | None:
     """Fetch what changed. If that fails, the guest goes on: its work is nowhere else."""
     try:
         sandbox.collect()
@@ -103,12 +107,16 @@ def _collect(sandbox: Sandbox, commits_into: Path | None) -> ReturnedCommits | N
         sandbox.keep()
         sandbox.disconnect()
         name = sandbox.name
-        goes_on = f"the guest goes on: `vmsandbox changes {name}` tries again, `vmsandbox stop {name}` ends it"
-        error.resolution = "\n".join(filter(None, (error.resolution, goes_on)))
+        _advise(error, f"the guest goes on: `vmsandbox changes {name}` tries again, `vmsandbox stop {name}` ends it")
         raise
     except BaseException as error:
-        sandbox.close(f"ended by {type(error).__name__}")
+        if not keep:
+            sandbox.close(f"ended by {type(error).__name__}")
         raise
+
+
+def _advise(error: VmsandboxError, more: str) -> None:
+    error.resolution = "\n".join(filter(None, (error.resolution, more)))
 
 
 def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str, object]:

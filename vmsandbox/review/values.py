@@ -121,7 +121,7 @@ class Selection:
 class Operation(NamedTuple):
     """One path and exactly what it shall become.
 
-    before: what the host must have there now (None: nothing); anything else is a conflict.
+    before: what the host must have there now (None: nothing). Anything else is a conflict, but `after` itself.
     after: None deletes it; a file's bytes are those with `after.sha256`.
     """
 

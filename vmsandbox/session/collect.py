@@ -24,6 +24,7 @@ from vmsandbox.receive.protocol import ReturnLimits
 from vmsandbox.receive.start import Received, receive
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
+from vmsandbox.review.text import shown
 
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
@@ -115,6 +116,13 @@ def _collect(sandbox: Sandbox, record: Path, limits: ReturnLimits | None, progra
         )
     )
     return Collected(pushed, quarantine, refused, received.files, received.bytes, received.transferred, seconds)
+
+
+def refusal_text(refused: tuple[Refused, ...]) -> str:
+    """What did not come back and why, in a line that is safe to show."""
+    listed = "; ".join(f"{shown(row.path, 200)}: {row.why}" for row in refused[:5])
+    more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+    return f"in the guest, but not brought back: {listed}{more}"
 
 
 def baseline_file(sandbox: Sandbox) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_
 from vmsandbox.review.text import shown
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.plan import SessionRequest
+from vmsandbox.spec import Grade
 
 _LIMITS = ManifestLimits(bytes=1 << 30, entries=1_000_000)  # our own files
 
@@ -57,12 +58,15 @@ class Record:
         )
 
     def request(self) -> SessionRequest:
-        """What kind of guest the session had, to start another like it."""
+        """What kind of guest the session had, to start another like it; emulated only if that one was."""
+        request = SessionRequest()
         for event in self.events():
+            data = event["data"]
             if event["kind"] == "guest.forked":
-                data = event["data"]
-                return SessionRequest(image=data["image"], vcpus=data["vcpus"], memory_mib=data["memory_mib"])
-        return SessionRequest()
+                request = replace(request, image=data["image"], vcpus=data["vcpus"], memory_mib=data["memory_mib"])
+            elif event["kind"] == "guest.isolation":
+                request = replace(request, allow_emulation=data["grade"] == Grade.EMULATED)
+        return request
 
     def pushed(self) -> Manifest:
         """What was copied in."""

@@ -228,9 +228,12 @@ class Sandbox:
 
     def collect(self) -> Collected:
         """Fetch what changed into the record's quarantine (see `vmsandbox.session.collect`)."""
-        from vmsandbox.session.collect import collect
+        from vmsandbox.session.collect import collect, refusal_text
 
-        return collect(self)
+        collected = collect(self)
+        if collected.refused:
+            self.monitor.warning(refusal_text(collected.refused))
+        return collected
 
     def commits(self, project: Path) -> ReturnedCommits:
         """Take the guest's commits into the project's repository, below refs/vmsandbox (`session.commits`)."""

@@ -19,7 +19,7 @@ from vmsandbox.review.text import shown
 from vmsandbox.session.folder import live_sessions
 from vmsandbox.session.record import Record
 
-_PARTS = (".backup", "history-*", "commits-*", "quarantine.*", "base.jsonl.new")
+_PARTS = (".backup", "history-*", "commits-*", "quarantine.*")
 
 
 class Part(NamedTuple):
@@ -51,7 +51,7 @@ def parts_in_records(layout: Layout) -> Iterator[Part]:
             continue
         for pattern in _PARTS:
             for part in sorted(record.glob(pattern)):
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                shutil.rmtree(part, ignore_errors=True)
                 yield Part(f"{record.name}/{part.name}", "what made it was interrupted")
 
 
