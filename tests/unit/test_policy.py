@@ -14,7 +14,7 @@ from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.globs import translate
 from vmsandbox.policy.load import MAX_BYTES, find_policy, load_policy
 from vmsandbox.policy.secrets import built_in
-from vmsandbox.policy.values import Policy, unenforced
+from vmsandbox.policy.values import NetworkPolicy, Policy, unenforced
 
 SAMPLE = """\
 # The policy file that users already keep in their repositories, as .claude/sandbox.yaml
@@ -71,9 +71,9 @@ def test_the_format_people_already_use_loads_as_it_is(tmp_path: Path) -> None:
     assert load_policy(path) == Policy(
         allowed_paths=("./src", "./tests", "/tmp/claude-work"),
         denied_paths=("./secrets/", "~/.ssh/", "/etc/"),
-        network_mode="restricted",
-        allowed_hosts=("pypi.org", "npmjs.org", "github.com"),
-        denied_hosts=("*",),
+        network=NetworkPolicy(
+            mode="restricted", allowed_hosts=("pypi.org", "npmjs.org", "github.com"), denied_hosts=("*",)
+        ),
         commands_allowed=("python", "pytest", "black", "git"),
         commands_denied=("rm -rf /", "curl *", "wget *"),
         commands_require_confirmation=("pip install *", "npm install *", "docker *"),
@@ -83,7 +83,7 @@ def test_the_format_people_already_use_loads_as_it_is(tmp_path: Path) -> None:
 
 def test_blank_lists_and_sections_are_empty(tmp_path: Path) -> None:
     policy = load_policy(policy_file(tmp_path, "sandbox:\n  network:\n    allowed_hosts:\n  commands:\n"))
-    assert policy.allowed_hosts == () and policy.network_mode is None
+    assert policy.network == NetworkPolicy()
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,13 @@ def test_the_policy_value_needs_no_validation_library() -> None:
 
 def test_what_is_not_enforced_is_said(tmp_path: Path) -> None:
     assert unenforced(Policy()) == []
-    assert unenforced(Policy(network_mode="none", denied_paths=("x",))) == []
+    assert unenforced(Policy(network=NetworkPolicy(mode="none"), denied_paths=("x",))) == []
     said = "\n".join(unenforced(load_policy(policy_file(tmp_path, SAMPLE))))
     for name in (
-        "allowed_paths", "mode restricted", "allowed_hosts", "denied_hosts", "commands.allowed",
-        "commands.denied", "commands.require_confirmation",
+        "allowed_paths", "commands.allowed", "commands.denied", "commands.require_confirmation",
     ):  # fmt: skip
         assert name in said
-    assert "denied_paths" not in said
+    assert "denied_paths" not in said and "network" not in said
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,34 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.strictyaml import MAX_BYTES, StrictYaml
-from vmsandbox.policy.values import Policy
+from vmsandbox.policy.values import NetworkPolicy, NetworkRule, Policy, SecretSource
+
+if TYPE_CHECKING:
+    from vmsandbox.policy.model_network import Network, Rule, Secret
 
 NAMES = (".claude/sandbox.yaml", ".vmsandbox.yaml")
 _KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("sandbox",),
     ("sandbox",): ("filesystem", "network", "commands"),
     ("sandbox", "filesystem"): ("allowed_paths", "denied_paths"),
-    ("sandbox", "network"): ("mode", "allowed_hosts", "denied_hosts"),
+    ("sandbox", "network"): (
+        "mode", "allowed_hosts", "denied_hosts", "rules", "secrets", "packages", "dlp", "limits", "resolver",
+    ),
+    ("sandbox", "network", "rules"): ("host", "ports", "methods", "paths", "addresses", "tls"),
+    ("sandbox", "network", "secrets"): ("name", "from", "hosts", "header", "prefix", "methods"),
+    ("sandbox", "network", "secrets", "from"): ("env", "file", "command"),
+    ("sandbox", "network", "packages"): ("allow", "deny", "minimum_age_days"),
+    ("sandbox", "network", "dlp"): ("secrets", "canaries", "freeze"),
+    ("sandbox", "network", "limits"): (
+        "connections", "header_bytes", "request_bytes", "response_bytes", "bytes_per_second", "connect_seconds",
+        "idle_seconds",
+    ),
     ("sandbox", "commands"): ("allowed", "denied", "require_confirmation"),
-}
+}  # fmt: skip
 _EXAMPLE = "sandbox: {filesystem: {denied_paths: [./secrets/]}}"
 _MODES = ("none", "restricted", "proxy", "filtered")
 
@@ -62,13 +77,54 @@ def load_policy(path: Path) -> Policy:
     return Policy(
         allowed_paths=tuple(sandbox.filesystem.allowed_paths),
         denied_paths=tuple(sandbox.filesystem.denied_paths),
-        network_mode=sandbox.network.mode,
-        allowed_hosts=tuple(sandbox.network.allowed_hosts),
-        denied_hosts=tuple(sandbox.network.denied_hosts),
+        network=_network(sandbox.network),
         commands_allowed=tuple(sandbox.commands.allowed),
         commands_denied=tuple(sandbox.commands.denied),
         commands_require_confirmation=tuple(sandbox.commands.require_confirmation),
         source=path,
+    )
+
+
+def _network(section: Network) -> NetworkPolicy:
+    packages = section.packages
+    return NetworkPolicy(
+        mode=section.mode,
+        allowed_hosts=tuple(section.allowed_hosts),
+        denied_hosts=tuple(section.denied_hosts),
+        rules=tuple(_rule(one) for one in section.rules),
+        secrets=tuple(_secret(one) for one in section.secrets),
+        packages_allow=None if packages.allow is None else tuple(packages.allow),
+        packages_deny=tuple(packages.deny),
+        packages_minimum_age_days=packages.minimum_age_days,
+        dlp_secrets=section.dlp.secrets,
+        dlp_canaries=section.dlp.canaries,
+        dlp_freeze=section.dlp.freeze,
+        limits=tuple((name, value) for name, value in section.limits.model_dump().items() if value is not None),
+        resolver=tuple(section.resolver),
+    )
+
+
+def _rule(rule: Rule) -> NetworkRule:
+    return NetworkRule(
+        rule.host,
+        ports=tuple(dict.fromkeys(rule.ports)),
+        methods=tuple(dict.fromkeys(rule.methods)),
+        paths=tuple(dict.fromkeys(rule.paths)),
+        addresses=tuple(dict.fromkeys(rule.addresses)),
+        tls=rule.tls,
+    )
+
+
+def _secret(secret: Secret) -> SecretSource:
+    return SecretSource(
+        secret.name,
+        env=secret.from_.env,
+        file=secret.from_.file,
+        command=tuple(secret.from_.command or ()),
+        hosts=tuple(secret.hosts),
+        header=secret.header,
+        prefix=secret.prefix,
+        methods=tuple(dict.fromkeys(secret.methods)),
     )
 
 

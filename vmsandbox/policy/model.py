@@ -6,61 +6,38 @@ Without a strict model a misspelt `denied_path:` would be read as "nothing is de
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BeforeValidator, Field
 
-
-def _blank_is_empty(value: object) -> object:
-    """`allowed_hosts:` with nothing behind it means an empty list: for an allow-list that denies all."""
-    return [] if value is None else value
+from vmsandbox.policy.model_base import Strict, Texts, blank_is_default
+from vmsandbox.policy.model_network import Network
 
 
-def _blank_is_default(value: object) -> object:
-    return {} if value is None else value
-
-
-# No control characters: no path, host or command here needs one, and they would reach terminals and logs.
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Texts = Annotated[list[Text], BeforeValidator(_blank_is_empty)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Filesystem(_Strict):
+class Filesystem(Strict):
     """Paths and globs on the host."""
 
-    allowed_paths: Texts = []
-    denied_paths: Texts = []
+    allowed_paths: Texts = Field(default_factory=list)
+    denied_paths: Texts = Field(default_factory=list)
 
 
-class Network(_Strict):
-    """What the guest may reach."""
-
-    mode: Literal["none", "restricted", "proxy", "filtered"] | None = None
-    allowed_hosts: Texts = []
-    denied_hosts: Texts = []
-
-
-class Commands(_Strict):
+class Commands(Strict):
     """Command lines and globs."""
 
-    allowed: Texts = []
-    denied: Texts = []
-    require_confirmation: Texts = []
+    allowed: Texts = Field(default_factory=list)
+    denied: Texts = Field(default_factory=list)
+    require_confirmation: Texts = Field(default_factory=list)
 
 
-class Sandbox(_Strict):
+class Sandbox(Strict):
     """The three sections; each may be left out."""
 
-    filesystem: Annotated[Filesystem, BeforeValidator(_blank_is_default)] = Field(default_factory=Filesystem)
-    network: Annotated[Network, BeforeValidator(_blank_is_default)] = Field(default_factory=Network)
-    commands: Annotated[Commands, BeforeValidator(_blank_is_default)] = Field(default_factory=Commands)
+    filesystem: Annotated[Filesystem, BeforeValidator(blank_is_default)] = Field(default_factory=Filesystem)
+    network: Annotated[Network, BeforeValidator(blank_is_default)] = Field(default_factory=Network)
+    commands: Annotated[Commands, BeforeValidator(blank_is_default)] = Field(default_factory=Commands)
 
 
-class PolicyFile(_Strict):
+class PolicyFile(Strict):
     """The whole file: one key, `sandbox`."""
 
     sandbox: Sandbox
