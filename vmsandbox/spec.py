@@ -22,7 +22,7 @@ class Grade(StrEnum):
 
 
 class NetworkMode(StrEnum):
-    """What a guest may reach. Only `none` exists so far."""
+    """What a guest may reach: nothing, or the session's broker by a forwarded port or a filtered card."""
 
     NONE = "none"
     PROXY = "proxy"
@@ -50,6 +50,7 @@ class GuestShape:
     """The virtual machine's size. A fork's must equal its template's (QEMU migration demands it).
 
     memory_mib: RAM in MiB. vcpus: virtual processors. ssh_ports: how many SSH connections at once.
+    card: whether there is an empty slot into which a fork's network card is plugged (`--net filtered`).
     """
 
     accelerator: Accelerator
@@ -57,8 +58,10 @@ class GuestShape:
     memory_mib: int = 512
     ssh_ports: int = 6
     machine: str = "q35"
+    card: bool = False
 
 
 WORKER = "claude-worker"
+WORKER_UID = 1000  # cloudinit/user-data.yaml
 WORKER_HOME = f"/home/{WORKER}"
 PROJECTS = f"{WORKER_HOME}/projects"

@@ -166,6 +166,58 @@ class Host:
                 continue  # not one of ours, or gone meanwhile
         return found
 
+    def attach(self, uuid: str, device_xml: str) -> None:
+        """Plug a device into a running domain."""
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        self._call("plugging in a device", lambda: self._lookup(uuid).attachDeviceFlags(device_xml, flags))
+
+    # -- networks and their filters ------------------------------------------------------------------------
+
+    def create_network(self, xml: str) -> None:
+        """Start a transient network: when it is destroyed, libvirt forgets it."""
+        self._call("making the network", lambda: self._connection.networkCreateXML(xml))
+
+    def define_filter(self, xml: str) -> None:
+        """Define a network filter."""
+        self._call("defining the network filter", lambda: self._connection.nwfilterDefineXML(xml))
+
+    def network_names(self) -> set[str]:
+        """The names of all networks and network filters that libvirt knows."""
+        networks = self._call("listing networks", lambda: self._connection.listAllNetworks(0))
+        filters = self._call("listing network filters", lambda: self._connection.listAllNWFilters(0))
+        return {each.name() for each in (*networks, *filters)}
+
+    def remove_network(self, name: str) -> bool:
+        """End a transient network. True if it was there."""
+        return self._unless_missing(
+            "removing the network",
+            lambda: self._connection.networkLookupByName(name).destroy(),
+            libvirt.VIR_ERR_NO_NETWORK,
+        )
+
+    def remove_filter(self, name: str, tap: str, deadline: float = 10) -> bool:
+        """Forget a network filter and its use on a tap. True if it was there.
+
+        libvirt may still be noticing that the guest which used it is gone: `deadline` in seconds from now.
+        """
+        self._unless_missing(
+            "taking the network filter off",
+            lambda: self._connection.nwfilterBindingLookupByPortDev(tap).delete(),
+            libvirt.VIR_ERR_NO_NWFILTER_BINDING,
+        )
+        until = time.monotonic() + deadline
+        while True:
+            try:
+                return self._unless_missing(
+                    "removing the network filter",
+                    lambda: self._connection.nwfilterLookupByName(name).undefine(),
+                    libvirt.VIR_ERR_NO_NWFILTER,
+                )
+            except HostError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
     # -- QEMU's own monitor --------------------------------------------------------------------------------
 
     def qmp(self, uuid: str, command: str, arguments: dict[str, Any] | None = None, fd: int = -1) -> Any:
@@ -207,6 +259,15 @@ class Host:
 
     def _lookup(self, uuid: str) -> Any:
         return self._connection.lookupByUUIDString(uuid)
+
+    def _unless_missing(self, doing: str, call: Callable[[], object], missing: int) -> bool:
+        try:
+            call()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == missing:
+                return False
+            raise HostError(f"{doing} failed", details=str(error)) from error
+        return True
 
     def _call(self, doing: str, call: Callable[[], T]) -> T:
         try:

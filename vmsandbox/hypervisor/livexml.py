@@ -10,14 +10,15 @@ The XML is libvirt's own `virsh dumpxml` of the running domain (https://libvirt.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from collections.abc import Iterator, Sequence
 
 from vmsandbox.errors import RefusedError
+from vmsandbox.hypervisor.expected import ChainFile, ExpectedDevices
 from vmsandbox.render.domain import UNUSED_CAPABILITY
+from vmsandbox.render.network import CardPlan, render_interface
 from vmsandbox.spec import Accelerator
+
+__all__ = ["ExpectedDevices", "check_live_xml"]
 
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _DOMAIN_TYPE = {Accelerator.KVM: "kvm", Accelerator.TCG: "qemu"}
@@ -37,50 +38,6 @@ _CONTROLLERS = {
     ("sata", None),  # q35 has one; a disk on it would be refused
     ("usb", "none"),
 }
-
-
-class ChainFile(Protocol):
-    """One file of a disk's chain."""
-
-    @property
-    def path(self) -> Path:
-        """Where it is."""
-
-    @property
-    def format(self) -> str:
-        """`raw` or `qcow2`: a format that is named is never probed."""
-
-
-@dataclass(frozen=True)
-class ExpectedDevices:
-    """What a guest must have, and all that it may have.
-
-    accelerator  what the domain's type must say
-    uuid         the domain's UUID
-    machine      full machine type ("pc-q35-7.2")
-    emulator     QEMU's path
-    kernel, initrd, cmdline   of the direct boot
-    disk_chain   the one disk's files, the writable one first, then what backs it
-    channels     virtio-serial ports: name in the guest → unix socket on the host that QEMU listens on
-    serial       the serial port: (kind, path), path None for a pty; None for no serial port
-    qemu_args    exactly the arguments in <qemu:commandline>
-    rng          whether there is a virtio-rng (always from /dev/urandom)
-
-    There is no field for network cards: none is allowed yet.
-    """
-
-    accelerator: Accelerator
-    uuid: str
-    machine: str
-    emulator: str
-    kernel: Path
-    initrd: Path
-    cmdline: str
-    disk_chain: Sequence[ChainFile]
-    channels: Mapping[str, Path]
-    serial: tuple[Literal["unix", "file", "pty"], Path | None] | None
-    qemu_args: tuple[str, ...] = ()
-    rng: bool = False
 
 
 def check_live_xml(live_xml: str, expected: ExpectedDevices) -> None:
@@ -163,9 +120,33 @@ def _devices(devices: ET.Element, expected: ExpectedDevices) -> Iterator[str]:
     yield from _differs("number of rng devices", len(rngs), 1 if expected.rng else 0)
     for rng in rngs:
         yield from _rng(rng)
+    known = {"emulator", "disk", "channel", "serial", "console", "rng"}
+    if expected.card is not None:
+        known.add("interface")
+        yield from _card(devices.findall("interface"), expected.card)
     for element in devices:
-        if element.tag not in ("emulator", "disk", "channel", "serial", "console", "rng"):
+        if element.tag not in known:
             yield from _implied(element)
+
+
+def _card(interfaces: list[ET.Element], plan: CardPlan) -> Iterator[str]:
+    """One card, and nothing about it that was not asked for but the name that libvirt gives to devices."""
+    yield from _differs("number of network cards", len(interfaces), 1)
+    wanted = _facts(ET.fromstring(render_interface(plan)))  # noqa: S314 - our own
+    for interface in interfaces:
+        found = _facts(interface) - {("interface/alias", (("name", "net0"),), "")}
+        for path, attributes, _ in sorted(found ^ wanted):
+            word = "foreign" if (path, attributes, _) in found else "missing"
+            yield f"{word} in the network card: {path} {dict(attributes)}"
+
+
+def _facts(element: ET.Element, above: str = "") -> set[tuple[str, tuple[tuple[str, str], ...], str]]:
+    """Every element below, as (path, attributes, text)."""
+    path = f"{above}{element.tag}"
+    facts = {(path, tuple(sorted(element.attrib.items())), (element.text or "").strip())}
+    for child in element:
+        facts |= _facts(child, f"{path}/")
+    return facts
 
 
 def _implied(element: ET.Element) -> Iterator[str]:

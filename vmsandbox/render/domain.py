@@ -17,6 +17,7 @@ METADATA_NS = "https://vmsandbox.dev/xmlns/session/1"
 TB_CACHE_MIB = 56
 UNUSED_CAPABILITY = "cpu-unavailable-features"
 CONTROL_CHANNEL = "org.vmsandbox.control"
+CARD_BUS = 4  # the disk, the ports and the balloon have 1 to 3
 SSH_CHANNEL = "org.vmsandbox.ssh."
 
 # quiet: a serial line under emulation costs seconds. The rest spares work that a throwaway guest has no use for.
@@ -168,6 +169,9 @@ def _devices(domain: ET.Element, plan: DomainPlan) -> None:
     ET.SubElement(devices, "controller", {"type": "usb", "model": "none"})
     ports = str(len(plan.channels) + 1)
     ET.SubElement(devices, "controller", {"type": "virtio-serial", "index": "0", "ports": ports})
+    if plan.shape.card:
+        # The slot that a fork's card is plugged into: libvirt gives q35 as many as there are devices, none to spare.
+        ET.SubElement(devices, "controller", {"type": "pci", "index": str(CARD_BUS), "model": "pcie-root-port"})
     # A socket that nobody reads drops what the guest writes: a flood on the console fills no disk.
     serial = ET.SubElement(devices, "serial", {"type": "unix"})
     ET.SubElement(serial, "source", {"mode": "bind", "path": str(plan.console_socket)})

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 import os
 import pwd
-from pathlib import Path
 
 from vmsandbox.session.checks import CheckResult, Examined, Status, install_line
+from vmsandbox.session.checks.card import check_card
 
 GIB = 1 << 30
 ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
 ENOUGH_MEMORY, LEAST_MEMORY = GIB, GIB // 2  # one guest of the default shape needs half a GiB
-
-# What the filtered network card needs: a name, and where the kernel shows it (devices, then modules).
-_CARD_FEATURES = {
-    "tun": ("/dev/net/tun", "/sys/module/tun"),
-    "bridge": ("/sys/module/bridge",),
-    "nf_tables": ("/sys/module/nf_tables",),
-}
 
 
 def check_resources(host: Examined) -> list[CheckResult]:
@@ -28,7 +21,7 @@ def check_resources(host: Examined) -> list[CheckResult]:
     checks = [_disk(host), _memory(host)]
     if not host.is_root:
         checks.append(_user_namespaces(host))
-    checks.append(_filtered_card(host))
+    checks.append(check_card(host))
     return checks
 
 
@@ -86,34 +79,6 @@ def _user_namespaces(host: Examined) -> CheckResult:
         return CheckResult("user-namespaces", title, Status.OK, "subordinate ids and user namespaces")
     found = "; ".join(obstacles)
     return CheckResult("user-namespaces", title, Status.WARN, found, "\n".join(lines), tuple(packages))
-
-
-def _filtered_card(host: Examined) -> CheckResult:
-    """Only `--net filtered` needs this, so it never fails."""
-    missing = [name for name, places in _CARD_FEATURES.items() if not _has_feature(host, name, places)]
-    packages = tuple(
-        package
-        for program, package in (("nft", "nftables"), ("ebtables", "ebtables"))
-        if host.programs.find(program) is None
-    )
-    title = "filtered network card"
-    if not missing and not packages:
-        return CheckResult("filtered-card", title, Status.OK, "tun, bridge, nf_tables, nft, ebtables")
-    found = "not found: " + ", ".join([*(f"kernel feature {name}" for name in missing), *packages])
-    lines = [f"sudo modprobe {name}" for name in missing] + ([install_line(packages)] if packages else [])
-    return CheckResult("filtered-card", title, Status.WARN, found, "\n".join(lines), packages)
-
-
-def _has_feature(host: Examined, name: str, places: tuple[str, ...]) -> bool:
-    """Active now, built in, or a module that the kernel loads when it is first used."""
-    if any(host.path(place).exists() for place in places):
-        return True
-    if name == "nf_tables" and host.is_root and host.programs.find("nft"):
-        # Built into the kernel it shows nowhere in /sys, but it answers.
-        return host.programs.run(["nft", "list", "tables"], timeout=10, check=False).status == 0
-    modules = Path("/lib/modules", host.kernel)
-    listed = (host.read(modules / "modules.builtin") or "") + (host.read(modules / "modules.dep") or "")
-    return f"/{name}.ko" in listed
 
 
 def _user_name(uid: int) -> str:
