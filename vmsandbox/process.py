@@ -173,6 +173,41 @@ class Programs:
                 with suppress(OSError):
                     pipe.close()
 
+    def detached(
+        self, argv: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None
+    ) -> tuple[int, IO[bytes], IO[bytes]]:
+        """Start a program that outlives this process and its terminal: its pid, pipes to its stdin and from its stdout.
+
+        Args:
+            argv: the program's absolute path and its arguments.
+            log: file that its stderr is appended to (made with mode 0600).
+            env: variables added to the inherited few.
+
+        Raises:
+            HostError: it could not be started.
+        """
+        words = [os.fspath(word) for word in argv]
+        try:
+            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                child = subprocess.Popen(
+                    words,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=fd,
+                    bufsize=0,
+                    env=_environment(env),
+                    cwd="/",
+                    start_new_session=True,
+                )
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise HostError(f"{words[0]} could not be started", details=str(error)) from error
+        assert child.stdin is not None and child.stdout is not None
+        child.returncode = 0  # it is nobody's to wait for: without this, Python complains of a child left running
+        return child.pid, child.stdin, child.stdout
+
     @contextmanager
     def holding(self, fd: int, user: tuple[int, int]) -> Iterator[int]:
         """A process of another user that does nothing but hold a descriptor open, under the same number.

@@ -16,9 +16,14 @@ from typing import Any
 import pytest
 import yaml
 from harness import ROOT_SERVER, Cli, Guest, RootedGuest, leftovers, make_tree, new_leftovers
+from netted import SECRET
+from upstream import Upstream, serve
 
+from vmsandbox.broker.environment import make_environment
 from vmsandbox.hypervisor.console import ConsoleTail
+from vmsandbox.monitor import Monitor
 from vmsandbox.paths import resource_folder
+from vmsandbox.process import Programs
 from vmsandbox.session import plan
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
@@ -141,3 +146,26 @@ def rooted(cli: Cli, rooted_cloudinit: Path, monkeypatch: pytest.MonkeyPatch) ->
             return guest
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
+    up, server = serve(tmp_path_factory.mktemp("upstream"))
+    yield up
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def netcli(cli: Cli, upstream: Upstream) -> Iterator[Cli]:
+    """The command line, where a broker trusts the tests' authority and the secret is in the environment."""
+    make_environment(cli.layout, Programs(), Monitor())
+    yield Cli(cli.home, {"SSL_CERT_FILE": str(upstream.bundle), "TEST_API_KEY": SECRET})
+
+
+@pytest.fixture(scope="session")
+def netted_project(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(
+        tmp_path_factory.mktemp("projects") / "netted",
+        {"README.md": "# netted\n", ".claude/sandbox.yaml": upstream.policy()},
+    )

@@ -73,7 +73,7 @@ def test_wrong_usage_is_125_and_says_what(home: Path, words: tuple[str, ...]) ->
         (("session", "--empty", "--memory", "1", "--", "true"), "--memory must be between"),
         (("session", "--empty", "--vcpus", "0", "--", "true"), "--vcpus must be between"),
         (("session", "--empty", "--ssh-ports", "99", "--", "true"), "--ssh-ports must be between"),
-        (("session", "--empty", "--net", "proxy", "--", "true"), "not available"),
+        (("session", "--empty", "--learn", "--", "true"), "--learn needs a network"),
         (("stop",), "which session"),
         (("stop", "nobody"), "no session named"),
         (("shell", "nobody"), "no session named"),

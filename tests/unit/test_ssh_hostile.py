@@ -16,8 +16,10 @@ import paramiko
 import pytest
 
 from vmsandbox.errors import GuestError
-from vmsandbox.guest.ssh import GuestShell, KeyPair, new_key_pair, remote_command
+from vmsandbox.guest.keys import KeyPair, new_key_pair
+from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.guest.streams import join_streams
+from vmsandbox.guest.words import remote_command
 
 DEADLINE = 3.0  # seconds that the client is given
 Talk = Callable[[socket.socket], None]

@@ -20,6 +20,7 @@ from vmsandbox.cli.options import (
     HistoryOption,
     ImageOption,
     JsonOption,
+    LearnOption,
     MemoryOption,
     NameArgument,
     NameOption,
@@ -30,7 +31,7 @@ from vmsandbox.cli.options import (
     VcpusOption,
 )
 from vmsandbox.cli.output import guest_command, guest_output, make_monitor, print_json
-from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.errors import HostError, RefusedError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.plan import SessionRequest
@@ -55,7 +56,8 @@ def start(
     name: NameOption = None,
     policy: PolicyOption = None,
     image: ImageOption = "base",
-    net: NetOption = NetworkMode.NONE,
+    net: NetOption = None,
+    learn: LearnOption = False,
     history: HistoryOption = History.NONE,
     backup: BackupOption = True,
     allow_emulation: EmulationOption = False,
@@ -67,13 +69,14 @@ def start(
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
     request = SessionRequest(
-        project=None if empty else path, name=name, image=image, network=net, history=history, backup=backup,
-        allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+        project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
+        backup=backup, allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
     )  # fmt: skip
     sandbox = open_guest(request, policy)
     sandbox.disconnect()
     if json:
-        print_json({"name": sandbox.name, "id": sandbox.info.id, "grade": sandbox.info.grade})
+        info = sandbox.info
+        print_json({"name": info.name, "id": info.id, "grade": info.grade, "network": info.network})
     else:
         print(sandbox.name)
     return 0
@@ -145,8 +148,14 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
-    if request.project is not None:
-        request = replace(request, policy=_policy(request.project, policy, monitor))
+    if request.project is not None or policy is not None:
+        request = replace(request, policy=_policy(request.project or Path(), policy, monitor))
+    network = request.policy.network
+    if request.mode is not NetworkMode.NONE and policy is None:
+        _refuse_reach(request.policy)
+    if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
+        why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
+        monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
     return Sandbox.open(request.project, request=request, monitor=monitor)
 
 
@@ -161,6 +170,19 @@ def _policy(project: Path, chosen: Path | None, monitor: Monitor) -> Policy:
     for text in unenforced(policy):
         monitor.notice(text)
     return policy
+
+
+def _refuse_reach(policy: Policy) -> None:
+    """A policy that was found in the project gets nothing of this host; one that a person named does."""
+    from vmsandbox.policy.consent import reaches_into_host
+    from vmsandbox.review.text import shown
+
+    if wanted := reaches_into_host(policy.network):
+        raise RefusedError(
+            "the project's own policy asks for something of this host, and nobody has named it",
+            details="\n".join(shown(line, 300) for line in wanted),
+            resolution=f"read it; then name it: --policy {policy.source} (or go on with --net none)",
+        )
 
 
 def _attached(name: str, command: list[str] | None) -> int:

@@ -30,7 +30,7 @@ def list_(json: JsonOption = False) -> int:
     if json:
         print_json(rows)
     elif rows:
-        columns = ("name", "state", "grade", "image", "created", "project")
+        columns = ("name", "state", "grade", "network", "image", "created", "project")
         print_table(
             [column.upper() for column in columns], [[row[column] or "-" for column in columns] for row in rows]
         )
@@ -40,12 +40,14 @@ def list_(json: JsonOption = False) -> int:
 
 
 def _row(folder: SessionFolder) -> dict[str, Any]:
+    from vmsandbox.session.freezing import is_frozen
     from vmsandbox.session.gc import guest_is_alive
+    from vmsandbox.session.keeper import keeper_is_alive
 
     try:
         info = folder.info()
     except VmsandboxError as error:
-        return {"name": folder.name, "state": "damaged", "grade": None, "image": None, "created": None,
+        return {"name": folder.name, "state": "damaged", "grade": None, "network": None, "image": None, "created": None,
                 "project": None, "id": None, "problem": error.brief}  # fmt: skip
     alive = guest_is_alive(folder, info)
     if info.owner_pid > 0 and not info.owner_is_alive:
@@ -53,11 +55,15 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     elif not info.ready:
         state = "starting" if info.owner_is_alive else "orphan"
     else:
-        state = "running" if alive else "dead"
+        state = "dead" if not alive else "frozen" if is_frozen(folder) else "running"
+    network = info.network
+    if alive and keeper_is_alive(folder) is False:
+        network += " (gone)"  # its keeper or its broker has ended: nothing of the guest's gets out
     return {
         "name": folder.name,
         "state": state,
         "grade": info.grade,
+        "network": network,
         "image": info.image,
         "created": info.created,
         "project": shown(info.project) if info.project else None,
@@ -69,6 +75,7 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
 def logs(
     name: NameArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    egress: Annotated[bool, typer.Option("--egress", help="What the guest asked of the network.")] = False,
     withheld: Annotated[bool, typer.Option("--withheld", help="What stayed on the host, and why.")] = False,
     json: JsonOption = False,
 ) -> int:
@@ -79,6 +86,10 @@ def logs(
     record = find_record(layout, name).folder
     if withheld:
         return _show_withheld(record, json)
+    if egress:
+        from vmsandbox.cli.egress import show_egress
+
+        return show_egress(layout, name, record, follow, json)
     shown_until = 0
     while True:
         records = _records(record)

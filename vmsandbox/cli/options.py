@@ -22,7 +22,13 @@ PolicyOption = Annotated[
     ),
 ]
 ImageOption = Annotated[str, typer.Option("--image", help="Image to boot; built on first use.")]
-NetOption = Annotated[NetworkMode, typer.Option("--net", help="What the guest may reach.")]
+NetOption = Annotated[
+    NetworkMode | None,
+    typer.Option("--net", help="What the guest may reach.", show_default="the policy's network.mode, else none"),
+]
+LearnOption = Annotated[
+    bool, typer.Option("--learn", help="Let through what no rule allows, and propose the rules for it.")
+]
 AcceptOption = Annotated[
     Accept | None,
     typer.Option("--accept", help="What comes back without a person.", show_default="asks in a terminal, else nothing"),

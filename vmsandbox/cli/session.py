@@ -18,6 +18,7 @@ from vmsandbox.cli.options import (
     HistoryOption,
     ImageOption,
     JsonOption,
+    LearnOption,
     MemoryOption,
     NameOption,
     NetOption,
@@ -48,7 +49,8 @@ def session(
     name: NameOption = None,
     policy: PolicyOption = None,
     image: ImageOption = "base",
-    net: NetOption = NetworkMode.NONE,
+    net: NetOption = None,
+    learn: LearnOption = False,
     accept: AcceptOption = None,
     commits: CommitsOption = False,
     history: HistoryOption = History.NONE,
@@ -66,8 +68,8 @@ def session(
     vmsandbox session [PATH] [OPTIONS] [-- COMMAND …]
     """
     request = SessionRequest(
-        project=None if empty else path, name=name, image=image, network=net, history=history, backup=backup,
-        allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+        project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
+        backup=backup, allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
     )  # fmt: skip
     sandbox = open_guest(request, policy)
     try:
@@ -83,6 +85,7 @@ def session(
     if keep:
         sandbox.disconnect()
     left = [] if keep else sandbox.close()
+    network = _network(sandbox, learn, json)
     # The guest is gone before anybody is asked about what it left.
     try:
         outcome = _bring_back(sandbox, accept, json) if pushed else None
@@ -90,12 +93,25 @@ def session(
         _advise(error, f"what came back waits in quarantine: `vmsandbox accept {sandbox.info.id}`")
         raise
     if json:
-        print_json(_session_report(sandbox, status, outcome, landed, left))
+        print_json(_session_report(sandbox, status, outcome, landed, left, network))
     else:
         if landed is not None:
             tell_commits(landed, sys.stderr)
         _tell_end(sandbox, left, keep)
     return status
+
+
+def _network(sandbox: Sandbox, learn: bool, json: bool) -> dict[str, object] | None:
+    """Tell what the guest did with its network; for `--json`, return it."""
+    if sandbox.info.network == NetworkMode.NONE:
+        return None
+    from vmsandbox.cli.egress import network_report, tell_network
+
+    record = sandbox.folder.record_folder(sandbox.info.id)
+    if json:
+        return network_report(record, sandbox.info.network, learn)
+    tell_network(record, learn)
+    return None
 
 
 def _collect(sandbox: Sandbox, commits_into: Path | None, keep: bool) -> ReturnedCommits | None:
@@ -145,6 +161,7 @@ def _session_report(
     outcome: dict[str, object] | None,
     landed: ReturnedCommits | None,
     left: list[str],
+    network: dict[str, object] | None,
 ) -> dict[str, object]:
     return {
         "name": sandbox.name,
@@ -154,6 +171,7 @@ def _session_report(
         "image": {"name": sandbox.info.image, "digest": sandbox.info.image_digest},
         **(outcome or {"changes": None, "applied": []}),
         "commits": landed.as_json() if landed else None,
+        "network": network,
         "record": str(SessionFolder(sandbox.layout, sandbox.name).record_folder(sandbox.info.id)),
         "leftovers": left,
     }

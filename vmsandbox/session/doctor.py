@@ -19,6 +19,7 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.checks import CheckResult, Examined, Status, install_line
+from vmsandbox.session.checks.broker import check_broker
 from vmsandbox.session.checks.confinement import check_confinement, confining_system
 from vmsandbox.session.checks.programs import check_programs
 from vmsandbox.session.checks.resources import check_resources
@@ -111,6 +112,7 @@ def diagnose(
         check_confinement(host),
         libvirt,
         *check_resources(host),
+        *check_broker(host),
     )
     if any(check.id in ("qemu", "libvirt") and check.status is Status.FAIL for check in checks):
         return Diagnosis(checks, None, ("QEMU and libvirt are needed for any session",))

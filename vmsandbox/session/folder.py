@@ -11,8 +11,13 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/port.N          locked by the process that uses SSH port N
     live/<name>/baseline        what the guest listed right after the push (untrusted)
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
+    live/<name>/keeper.json     the process that keeps its network (start --net proxy)
+    live/<name>/keeper.log      what that process had to say
+    live/<name>/frozen          why its processors were stopped, while they are
     run/<name>/                 sockets
+    run/<name>.net/             the broker's socket, where QEMU's user cannot look
     records/<id>/events.jsonl   the journal
+    records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
     records/<id>/pushed.jsonl   manifest of what was copied in
     records/<id>/withheld.json  what stayed on the host, and why
     records/<id>/base.jsonl     the same, with what was accepted since
@@ -66,6 +71,7 @@ class SessionInfo:
     guest_folder: str | None = None
     grade: str | None = None
     ready: bool = False
+    network: str = "none"
 
     @property
     def owner_is_alive(self) -> bool:
@@ -89,6 +95,7 @@ class SessionFolder:
         self.name = checked_session_name(name)
         self.path = layout.live / name
         self.run = layout.run / name
+        self.net = layout.run / f"{name}.net"  # no session's name has a dot
 
     @property
     def vm(self) -> Path:
@@ -204,6 +211,16 @@ class SessionFolder:
             f"all {count} SSH ports of session {self.name!r} are in use",
             resolution="end one of its shells, commands or proxies, or start it with more --ssh-ports",
         )
+
+    @property
+    def keeper_log(self) -> Path:
+        """What the keeper of its network had to say."""
+        return self.path / "keeper.log"
+
+    @property
+    def broker_socket(self) -> Path:
+        """Where the session's broker listens."""
+        return self.net / "broker"
 
     def ssh_socket(self, port: int) -> Path:
         """The host's end of SSH port number `port`."""

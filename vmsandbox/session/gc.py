@@ -45,6 +45,7 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
     """
     removed = list(_dead_sessions(layout))
     removed += _stray_domains(layout, host)
+    removed += _stray_networks(layout, host)
     removed += _unfinished_templates(layout)
     removed += _unused_templates(layout, all_templates)
     removed += [
@@ -102,6 +103,18 @@ def _stray_domains(layout: Layout, host: Host) -> Iterator[Removed]:
             yield Removed("guest", domain.name, why)
         except VmsandboxError as error:
             yield Removed("guest", domain.name, why, f"{error.brief}: {error.details}")
+
+
+def _stray_networks(layout: Layout, host: Host) -> Iterator[Removed]:
+    """Networks of filtered guests, and folders of brokers' sockets, that belong to no session."""
+    from vmsandbox.session.filtered import remove_stray_cards
+
+    for name, left in remove_stray_cards(layout, host):
+        yield Removed("network", name, "it belongs to no session", "; ".join(left))
+    for folder in sorted(layout.run.glob("*.net")):
+        if not (layout.live / folder.stem).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            yield Removed("socket", folder.name, "it belongs to no session")
 
 
 def _is_being_made(layout: Layout, session_id: str) -> bool:

@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 import uuid as uuids
+from typing import Any
 
 from vmsandbox.errors import GuestError
 from vmsandbox.guest.control import ControlPort
@@ -19,13 +20,18 @@ from vmsandbox.session.folder import SessionKeys
 SEED_BYTES = 64  # twice what the kernel's generator holds
 
 
-def give_identity(control: ControlPort, hostname: str, deadline: float) -> tuple[SessionKeys, str]:
+def give_identity(
+    control: ControlPort, hostname: str, deadline: float, network: dict[str, Any] | None = None
+) -> tuple[SessionKeys, str]:
     """Personalise a fork; returns its keys and its machine id. Closes the control port's connection.
+
+    Args:
+        network: settings of a guest that may reach something (`session.guest_settings.guest_network`).
 
     Raises:
         GuestError: the guest did not answer in `deadline` seconds, or could not do it.
     """
-    from vmsandbox.guest.ssh import new_key_pair
+    from vmsandbox.guest.keys import new_key_pair
 
     host_key, user_key = new_key_pair(), new_key_pair()
     machine_id = secrets.token_hex(16)
@@ -40,6 +46,7 @@ def give_identity(control: ControlPort, hostname: str, deadline: float) -> tuple
             boot_id=str(uuids.uuid4()),
             host_key=host_key.private,
             user_key=user_key.public,
+            **({"network": network} if network else {}),
         )
     finally:
         control.close()

@@ -17,7 +17,13 @@ from vmsandbox.session.plan import Prepared
 
 
 def inspect_guest(
-    host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str, folder: SessionFolder, journal: Journal
+    host: Host,
+    prepared: Prepared,
+    plan: DomainPlan,
+    live_xml: str,
+    folder: SessionFolder,
+    journal: Journal,
+    network: str,
 ) -> Isolation:
     """Check a paused guest and write down what it is.
 
@@ -48,7 +54,7 @@ def inspect_guest(
             image=prepared.image.name,
             image_digest=prepared.image.digest,
             template=prepared.template.key,
-            network="none",
+            network=network,
             vcpus=plan.shape.vcpus,
             memory_mib=plan.shape.memory_mib,
         )

@@ -26,6 +26,22 @@ from vmsandbox.render.seed import render_seed
 from vmsandbox.spec import Accelerator, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
+# network.mode of a policy → what a guest gets, and what a command line may ask for. `restricted` says that a guest
+# reaches what the rules allow, and leaves open how.
+_MODES = {
+    None: NetworkMode.NONE,
+    "none": NetworkMode.NONE,
+    "restricted": NetworkMode.PROXY,
+    "proxy": NetworkMode.PROXY,
+    "filtered": NetworkMode.FILTERED,
+}
+_ALLOWED = {
+    None: tuple(NetworkMode),
+    "none": (NetworkMode.NONE,),
+    "restricted": tuple(NetworkMode),
+    "proxy": (NetworkMode.NONE, NetworkMode.PROXY),
+    "filtered": tuple(NetworkMode),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class SessionRequest:
     """What a person asked for.
 
     project: folder on the host to copy in (None: an empty guest). name: None lets one be made up.
+    network: None leaves it to the policy. learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
     """
 
@@ -40,7 +57,8 @@ class SessionRequest:
     name: str | None = None
     policy: Policy = field(default_factory=Policy)
     image: str = "base"
-    network: NetworkMode = NetworkMode.NONE
+    network: NetworkMode | None = None
+    learn: bool = False
     history: History = History.NONE
     backup: bool = True
     allow_emulation: bool = False
@@ -49,13 +67,14 @@ class SessionRequest:
     vcpus: int = 2
     ssh_ports: int = 6
 
+    @property
+    def mode(self) -> NetworkMode:
+        """What the guest gets: as asked for on the command line, else as the policy says, else nothing."""
+        return self.network if self.network is not None else _MODES[self.policy.network.mode]
+
     def check(self) -> None:
-        """Refuse what cannot work, before anything is made. Raises UserInputError."""
-        if self.network is not NetworkMode.NONE:
-            raise UserInputError(
-                f"--net {self.network} is not available in this version",
-                resolution="use --net none: the guest has no network card",
-            )
+        """Refuse what cannot work, before anything is made. Raises UserInputError, or RefusedError by the policy."""
+        self._check_network()
         for what, value, least, most in (
             ("--memory", self.memory_mib, 256, 1 << 20),
             ("--vcpus", self.vcpus, 1, 64),
@@ -68,16 +87,34 @@ class SessionRequest:
                 f"not a folder: {self.project}", resolution="name the folder of the project to copy in"
             )
 
+    def _check_network(self) -> None:
+        asked, allowed = self.mode, self.policy.network.mode
+        if asked not in _ALLOWED[allowed]:
+            where = f" ({self.policy.source})" if self.policy.source else ""
+            raise RefusedError(
+                f"the policy allows network mode {allowed!r}, not {asked.value!r}",
+                details=f"sandbox.network.mode: {allowed}{where}",
+                resolution=f"change the policy, or leave --net {asked.value} away",
+            )
+        if self.learn and asked is NetworkMode.NONE:
+            raise UserInputError("--learn needs a network", resolution="add --net proxy")
+        if asked is not NetworkMode.NONE and self.keep and self.ssh_ports < 2:
+            raise UserInputError(
+                "one SSH port is not enough for a guest with a network",
+                resolution="its keeper needs one: --ssh-ports 2",
+            )
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a fork is made of."""
+    """All that a fork is made of. broker: its Python environment, if the guest has a network."""
 
     kvm: KvmProof
     shape: GuestShape
     image: ImageFiles
     machine: Machine
     template: Template
+    broker: Path | None = None
 
 
 def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Programs, monitor: Monitor) -> Prepared:
@@ -91,14 +128,27 @@ def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Progr
     accelerator = choose_accelerator(kvm, request.allow_emulation)
     if accelerator is Accelerator.TCG:
         monitor.warning("no KVM here: this guest is emulated, which is NOT a security boundary (grade: emulated)")
-    shape = GuestShape(accelerator, request.vcpus, request.memory_mib, request.ssh_ports)
+    card = request.mode is NetworkMode.FILTERED
+    if card:
+        from vmsandbox.hypervisor.network import refuse_where_impossible
+
+        refuse_where_impossible(host.uri)  # before minutes go into a template for it
+    shape = GuestShape(accelerator, request.vcpus, request.memory_mib, request.ssh_ports, card=card)
     store = ImageStore(layout)
     image = find_or_build(request.image, layout, store, programs, monitor)
     store.verify(image)
     files = ImageFiles(image.name, image.digest, image.root, image.kernel, image.initrd)
     machine = Machine.of(host, shape)
     template = find_template(host, files, shape, machine, layout, programs, monitor)
-    return Prepared(kvm, shape, files, machine, template)
+    return Prepared(kvm, shape, files, machine, template, _broker_environment(request, layout, programs, monitor))
+
+
+def _broker_environment(request: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor) -> Path | None:
+    if request.mode is NetworkMode.NONE:
+        return None
+    from vmsandbox.broker.environment import make_environment
+
+    return make_environment(layout, programs, monitor)
 
 
 def choose_accelerator(kvm: KvmProof, allow_emulation: bool) -> Accelerator:

@@ -17,7 +17,7 @@ from vmsandbox.review.rules import CommandRule, command_findings
 from vmsandbox.review.values import Contents, Finding
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
-from vmsandbox.spec import PROJECTS
+from vmsandbox.spec import PROJECTS, NetworkMode
 
 COMMAND_DEADLINE = 600.0  # seconds
 _NOT_RUN = 126
@@ -41,7 +41,7 @@ def run_command_rules(
     if not rules:
         return ()
     try:
-        fresh = replace(request, project=None, name=None, keep=False)
+        fresh = replace(request, project=None, name=None, keep=False, network=NetworkMode.NONE, learn=False)
         with Sandbox.open(request=fresh, layout=layout, monitor=monitor) as guest:
             folder = f"{PROJECTS}/project"
             _send(guest, folder, tree, contents)

@@ -42,10 +42,11 @@ from vmsandbox.session.folder import (
 )
 from vmsandbox.session.identity import give_identity
 from vmsandbox.session.inspection import inspect_guest
+from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
-from vmsandbox.spec import WORKER, History
+from vmsandbox.spec import WORKER, History, NetworkMode
 
 if TYPE_CHECKING:
     from vmsandbox.guest.ssh import GuestShell
@@ -70,6 +71,8 @@ class Sandbox:
         self._journal: Journal | None = None
         self._shell: GuestShell | None = None
         self._port = ExitStack()
+        self._network: GuestNetwork | None = None
+        self._network_to_come: NetworkToCome | None = None
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -119,6 +122,8 @@ class Sandbox:
                     sandbox.push(asked.project, asked.policy, runner, asked.history)
                 if backup is not None:
                     backup.result()
+                if sandbox._network is not None:
+                    sandbox._network.wait_for_keeper()
             except BaseException as error:
                 sandbox._failed(error)
                 raise
@@ -144,6 +149,8 @@ class Sandbox:
     def close(self, reason: str = "ended") -> list[str]:
         """End the guest and remove everything of the session but its record; returns what could not be removed."""
         self.disconnect()
+        if self._network_to_come is not None:
+            self._network_to_come.close()
         leftovers = tear_down(self.layout, self.folder, self.info)
         with suppress(VmsandboxError):
             self.journal.append(events.SessionClosed(reason, leftovers))
@@ -182,13 +189,18 @@ class Sandbox:
             self._shell = GuestShell.connect(
                 sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=LOGIN_DEADLINE
             )
+            if self._network is not None:
+                self._network.join(self._shell)
         return self._shell
 
     def start(self, command: Sequence[str] | None, *, terminal: tuple[str, int, int] | None = None) -> Any:
         """Start a command (None: a login shell) in the project's folder; returns its SSH channel."""
         shell = self.shell()  # first: where no port is free, no command was started
         self.journal.append(events.CommandStarted(list(command) if command else None, terminal is not None))
-        return shell.start(command, cwd=self.info.guest_folder, terminal=terminal)
+        channel = shell.start(command, cwd=self.info.guest_folder, terminal=terminal)
+        if self._network is not None:
+            self._network.check(shell)
+        return channel
 
     def ended(self, status: int, seconds: float) -> None:
         """Write down that a command started with `start` has ended."""
@@ -244,7 +256,10 @@ class Sandbox:
         return landed
 
     def keep(self) -> None:
-        """Let the guest outlive this process, until `stop`."""
+        """Let the guest outlive this process, until `stop`. A network that this process holds ends here."""
+        if self._network is not None and self._network.egress is not None:
+            self._network.close()
+            self.info = replace(self.info, network=NetworkMode.NONE.value)
         self.info = replace(self.info, owner_pid=0, owner_started=0)
         self.folder.update(self.info)
 
@@ -272,6 +287,7 @@ class Sandbox:
             memory_mib=prepared.shape.memory_mib,
             vcpus=prepared.shape.vcpus,
             project=str(asked.project) if asked.project else None,
+            network=asked.mode.value,
         )
         folder.claim(info)
         sandbox = cls(layout, folder, info, monitor)
@@ -308,12 +324,19 @@ class Sandbox:
             folder=self.folder.vm,
             run_folder=self.folder.run,
         )
+        self._network_to_come = NetworkToCome(asked, prepared, self.folder, self.info, programs, self.monitor)
         with self.monitor.step(f"starting guest {self.name}"):
-            _plan, control = start_fork(
+            domain, control = start_fork(
                 host, request, programs, lambda plan, xml: self._inspect(host, prepared, plan, xml)
             )
-            keys, machine_id = give_identity(control, self.name, IDENTITY_DEADLINE)
+            network = self._network_to_come.result()
+            keys, machine_id = give_identity(
+                control, self.name, IDENTITY_DEADLINE, network.identity if network else None
+            )
             self.folder.save_keys(keys)
+            if network is not None:
+                self._network = network
+                network.guest_is_up(domain)
             self.shell()
         owner = (0, 0) if asked.keep else (self.info.owner_pid, self.info.owner_started)
         self.info = replace(self.info, ready=True, owner_pid=owner[0], owner_started=owner[1])
@@ -321,7 +344,7 @@ class Sandbox:
         self.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
 
     def _inspect(self, host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
-        self.isolation = inspect_guest(host, prepared, plan, live_xml, self.folder, self.journal)
+        self.isolation = inspect_guest(host, prepared, plan, live_xml, self.folder, self.journal, self.info.network)
         self.info = replace(self.info, grade=self.isolation.grade.value)
         self.folder.update(self.info)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.keeper import end_keeper
 
 _END_DEADLINE_MS = 10_000
 _INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -38,8 +39,11 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTIONS)
     try:
+        attempt("network", lambda: end_keeper(folder))
         attempt("guest", lambda: end_guest(folder, info))
+        attempt("network card", lambda: _remove_card(folder, info))
         attempt("sockets", lambda: _remove(folder.run))
+        attempt("broker's socket", lambda: _remove(folder.net))
         attempt("guest files", lambda: _remove(folder.vm))
         if not left:
             attempt("session folder", lambda: _remove(folder.path))
@@ -75,17 +79,25 @@ def remove_damaged(layout: Layout, name: str) -> list[str]:
     left: list[str] = []
     host = Host.open()
     try:
+        end_keeper(folder)
         for domain in host.list_sessions(METADATA_NS):
             # a domain's name is "vmsandbox-<session>-<six hexadecimal digits>"
             if domain.home == str(layout.live) and domain.name[len(DOMAIN_PREFIX) : -7] == name:
                 host.destroy(domain.uuid)
-        for path in (folder.run, folder.path):
+        for path in (folder.run, folder.net, folder.path):
             _remove(path)
     except (VmsandboxError, OSError) as error:
         left.append(str(error))
     finally:
         host.close()
     return left
+
+
+def _remove_card(folder: SessionFolder, info: SessionInfo) -> None:
+    if (folder.path / "card.json").exists():  # else its imports would cost every session's end
+        from vmsandbox.session.filtered import remove_card
+
+        remove_card(folder, info)
 
 
 def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:

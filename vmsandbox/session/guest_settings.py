@@ -1,0 +1,104 @@
+"""What a guest with a network is told with its identity: the proxy and the session's authority, in each tool's words.
+
+Without it every tool would have to be taught by hand, and the first one that was not would fail with a certificate
+error. Pure: the same values give the same message. Nothing of it is a boundary; guest root may change all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vmsandbox.errors import UserInputError
+from vmsandbox.spec import WORKER_UID
+
+PROXY_PORT = 3128
+FORWARDED = ("127.0.0.1", PROXY_PORT)  # what the guest's sshd may listen on for the host, and nothing else
+
+BUNDLE = "/etc/ssl/certs/ca-certificates.crt"  # Debian's, which update-ca-certificates makes
+OWN_CERTIFICATE = "/usr/local/share/ca-certificates/vmsandbox.crt"  # so that it is in the bundle after that ran, too
+NO_PROXY = "localhost,127.0.0.1,::1"
+
+# Variables by which tools and libraries are told of certificates: a whole bundle, or one more.
+_BUNDLE_VARIABLES = (
+    "SSL_CERT_FILE",  # OpenSSL, Go, Rust's native-certs, uv
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "PIP_CERT",
+    "GIT_SSL_CAINFO",
+    "CARGO_HTTP_CAINFO",
+    "AWS_CA_BUNDLE",
+)  # fmt: skip
+_EXTRA_VARIABLES = ("NODE_EXTRA_CA_CERTS", "DENO_CERT")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VALUE = re.compile(r"[\x20-\x7e]*")
+
+
+def environment_of(proxy: str, more: Mapping[str, str]) -> dict[str, str]:
+    """The variables of every process of the worker. proxy: `http://ADDRESS:PORT`. more: the session's placeholders.
+
+    Raises:
+        UserInputError: a name or value of `more` cannot be a variable of sshd's SetEnv.
+    """
+    for name, value in more.items():
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise UserInputError(
+                f"not a variable that a guest can have: {name!r}",
+                resolution="a name has letters, digits and `_`; a value printable ASCII characters",
+            )
+    variables = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}  # of the two SetEnv lines sshd takes the first alone
+    for name in ("http_proxy", "https_proxy"):
+        variables[name] = variables[name.upper()] = proxy
+    variables["no_proxy"] = variables["NO_PROXY"] = NO_PROXY
+    variables["NODE_USE_ENV_PROXY"] = "1"  # Node 24's own fetch
+    variables |= dict.fromkeys(_BUNDLE_VARIABLES, BUNDLE) | dict.fromkeys(_EXTRA_VARIABLES, OWN_CERTIFICATE)
+    return variables | dict(more)
+
+
+def guest_network(
+    certificate: str, proxy: str, more: Mapping[str, str], decoys: Mapping[str, str], *, forwarded: bool
+) -> dict[str, Any]:
+    """The `network` part of the identity message (`cloudinit/guest/vmsandbox-control`).
+
+    Args:
+        certificate: PEM of the session's authority.
+        proxy: `http://ADDRESS:PORT`, as the guest sees it.
+        more: variables beside the tools' own (the secrets' placeholders).
+        decoys: files of the worker's, path → text (`egress.canaries`).
+        forwarded: sshd may listen on the proxy's port for the host.
+    """
+    variables = environment_of(proxy, more)
+    sshd = "SetEnv " + " ".join(_sshd_word(f"{name}={value}") for name, value in variables.items()) + "\n"
+    if forwarded:
+        sshd += f"PermitListen {FORWARDED[0]}:{FORWARDED[1]}\n"
+    exports = "".join(f"export {name}={_shell_word(value)}\n" for name, value in variables.items())
+    npm = f"proxy={proxy}\nhttps-proxy={proxy}\ncafile={BUNDLE}\nnoproxy={NO_PROXY}\n"
+    cargo = f'[http]\nproxy = "{proxy}"\ncainfo = "{BUNDLE}"\n'
+    files = {
+        OWN_CERTIFICATE: certificate,
+        "/etc/profile.d/vmsandbox-network.sh": exports,  # root's and other login shells
+        "/etc/apt/apt.conf.d/90vmsandbox": f'Acquire::http::Proxy "{proxy}";\nAcquire::https::Proxy "{proxy}";\n',
+        "/etc/pip.conf": f"[global]\nproxy = {proxy}\ncert = {BUNDLE}\n",
+        "/etc/npmrc": npm,  # Debian's npm
+        "/usr/local/etc/npmrc": npm,  # Node's own archive
+        "/root/.cargo/config.toml": cargo,
+    }
+    return {
+        "sshd": sshd,
+        "files": [[path, 0o644, 0, text] for path, text in files.items()]
+        + [[path, 0o600, WORKER_UID, text] for path, text in decoys.items()],
+        "append": [
+            [BUNDLE, certificate],
+            ["/etc/gitconfig", f"[http]\n\tproxy = {proxy}\n\tsslCAInfo = {BUNDLE}\n"],
+        ],
+    }
+
+
+def _sshd_word(text: str) -> str:
+    """One word of an sshd_config line."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _shell_word(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
