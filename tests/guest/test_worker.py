@@ -105,7 +105,8 @@ def test_sshd_lets_in_the_key_alone(inside: Any) -> None:
 
 
 def test_the_programs_it_runs_through_are_roots(inside: Any) -> None:
-    programs = ("vmsandbox-control", "vmsandbox-return", "ssh-port")
+    programs = ("vmsandbox-control", "vmsandbox-return", "vmsandbox_return.py", "ssh-port")
     for path in (*(f"/usr/lib/vmsandbox/{name}" for name in programs), "/etc/systemd/system/vmsandbox-ssh@.service"):
         file = inside.file(path)
         assert file.user == "root" and file.mode & 0o022 == 0, path
+    assert inside.run("ls /usr/lib/vmsandbox/__pycache__").stdout.startswith("vmsandbox_return."), "it is not compiled"

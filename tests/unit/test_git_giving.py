@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 from git_repositories import commit, git, make_repository, manifest_of, text, unpack
 
 from vmsandbox.errors import RefusedError, UserInputError
+from vmsandbox.git import objects
 from vmsandbox.git.giving import GuestRepository, history, snapshot
+from vmsandbox.git.objects import PackWriter
 from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.gitrepo import find_repository
 from vmsandbox.policy.gitrun import HostGit
@@ -54,7 +57,7 @@ def test_a_snapshot_is_one_commit_of_what_was_pushed(tmp_path: Path, algorithm: 
     (root / "a/.GIT/config").write_text("never committed")
     os.utime(root / "run", (1_500_000_000, 1_500_000_000))
     (tmp_path / "w").mkdir()
-    made = snapshot(root, manifest_of(root), algorithm, tmp_path / "w", Programs())
+    made = snapshot(root, manifest_of(root), algorithm, tmp_path / "w")
     guest = unpack(made, copy_of(root, tmp_path / "guest"))
     git(guest, "fsck", "--strict")
     assert text(guest, "status", "--short") == "?? a/.GIT/"
@@ -66,7 +69,25 @@ def test_a_snapshot_is_one_commit_of_what_was_pushed(tmp_path: Path, algorithm: 
     git(guest, "commit", "-q", "-am", "works")
     again = tmp_path / "w2"
     again.mkdir()
-    assert snapshot(root, manifest_of(root), algorithm, again, Programs()).base == made.base
+    assert snapshot(root, manifest_of(root), algorithm, again).base == made.base
+
+
+@pytest.mark.parametrize("near", [1 << 31, 1000], ids=["offsets of four bytes", "of eight"])
+def test_the_index_of_a_pack_is_what_git_would_write(
+    tmp_path: Path, near: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_NEAR_OFFSETS", near)
+    pack = tmp_path / "pack-x.pack"
+    contents = [b"", b"text " * 1000, *(random.Random(number).randbytes(9000) for number in range(40))]
+    with pack.open("w+b") as file:
+        writer = PackWriter(file, "sha1")
+        for content in (*contents, *contents):
+            writer.add("blob", content)
+        writer.finish()
+    assert pack.stat().st_size < 40 * 9000 + 3000, "each once, and what shrinks is compressed"
+    version = f"--index-version=2,{near}" if near < 1 << 31 else "--index-version=2"
+    git(tmp_path, "index-pack", version, "-o", "git.idx", pack.name)
+    assert writer.index() == (tmp_path / "git.idx").read_bytes()
 
 
 def test_a_file_that_changed_since_the_push_is_not_put_under_another_content(tmp_path: Path) -> None:
@@ -81,7 +102,7 @@ def test_a_file_that_changed_since_the_push_is_not_put_under_another_content(tmp
     for attempt in ("link", "file"):
         (tmp_path / attempt).mkdir()
         with pytest.raises(UserInputError, match="changed since it was sent"):
-            snapshot(root, pushed, "sha1", tmp_path / attempt, Programs())
+            snapshot(root, pushed, "sha1", tmp_path / attempt)
         (root / "f").unlink()
         (root / "f").write_text("SECR")
 

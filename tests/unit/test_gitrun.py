@@ -92,7 +92,7 @@ def everything(lair: Lair, trouble_is_fine: bool = False) -> None:
         lambda: find_repository(root, programs), lambda: tracked_files(root, programs),
         lambda: walk_project(root, Policy(), programs=programs),
         lambda: make_backup(layout, record.name, root, programs), lambda: give(False), lambda: give(True),
-        lambda: snapshot(root, manifest_of(root), "sha1", folder(), programs), take_back,
+        lambda: snapshot(root, manifest_of(root), "sha1", folder()), take_back,
         lambda: restore(record, lair.folder / "restored", programs),
     ]  # fmt: skip
     for step in steps:

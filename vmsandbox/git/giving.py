@@ -27,11 +27,9 @@ from vmsandbox.git.objects import (
     encode_tree,
     object_id,
 )
-from vmsandbox.git.quarantine import make_bare
 from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.gitrun import HostGit
 from vmsandbox.policy.secrets import built_in
-from vmsandbox.process import Programs
 from vmsandbox.review.manifest import Item, Manifest
 from vmsandbox.review.text import shown
 
@@ -60,7 +58,7 @@ class GuestRepository:
     small: dict[str, bytes] = field(default_factory=dict)
 
 
-def snapshot(root: Path, pushed: Manifest, algorithm: str, folder: Path, programs: Programs) -> GuestRepository:
+def snapshot(root: Path, pushed: Manifest, algorithm: str, folder: Path) -> GuestRepository:
     """A repository with one commit: what was pushed, its bytes checked against the manifest.
 
     Args:
@@ -72,7 +70,6 @@ def snapshot(root: Path, pushed: Manifest, algorithm: str, folder: Path, program
     Raises:
         UserInputError: a file is no longer what was sent.
     """
-    git_dir = make_bare(folder / "making.git", algorithm)
     unnamed = folder / "snapshot.pack"
     entries: list[IndexEntry] = []
     with unnamed.open("w+b") as file:
@@ -90,7 +87,7 @@ def snapshot(root: Path, pushed: Manifest, algorithm: str, folder: Path, program
         writer.finish()
     pack = folder / f"given-{base}"
     unnamed.rename(pack.with_suffix(".pack"))
-    HostGit(programs, git_dir).run("index-pack", "-o", pack.with_suffix(".idx"), pack.with_suffix(".pack"))
+    pack.with_suffix(".idx").write_bytes(writer.index())
     return _assembled(GuestRepository(base, DEFAULT_BRANCH, algorithm, pack), entries)
 
 

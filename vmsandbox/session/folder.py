@@ -8,7 +8,7 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/known_hosts     the host key that the guest was given
     live/<name>/memory.json     the inode of the sealed memory it maps, if it does
     live/<name>/qemu.pid        its QEMU process
-    live/<name>/port.N          locked by the process that uses SSH port N
+    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in
     live/<name>/baseline        what the guest listed right after the push (untrusted)
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
@@ -41,6 +41,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout, checked_session_name
 
@@ -221,6 +222,26 @@ class SessionFolder:
     def broker_socket(self) -> Path:
         """Where the session's broker listens."""
         return self.net / "broker"
+
+    @contextmanager
+    def bulk_port(self) -> Iterator[BulkPort]:
+        """The port through which a project goes in, for one at a time.
+
+        Raises:
+            GuestError: another process uses it.
+        """
+        with os.fdopen(os.open(self.path / "port.bulk", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GuestError(
+                    f"something is being copied into session {self.name!r} already", resolution="try again afterwards"
+                ) from None
+            port = BulkPort(self.run / "bulk")
+            try:
+                yield port
+            finally:
+                port.close()
 
     def ssh_socket(self, port: int) -> Path:
         """The host's end of SSH port number `port`."""

@@ -12,11 +12,12 @@ import os
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from vmsandbox.errors import GuestError, HostError, RefusedError, UserInputError
+from vmsandbox.errors import HostError, RefusedError, UserInputError
 from vmsandbox.git.giving import SNAPSHOT_BYTES, GuestRepository, history, snapshot
 from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.gitrepo import Repository, find_repository
@@ -24,7 +25,7 @@ from vmsandbox.policy.gitrun import HostGit
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.review.manifest import Manifest, parse_untrusted_manifest
-from vmsandbox.review.text import shown, shown_bytes
+from vmsandbox.review.text import shown
 
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
@@ -107,7 +108,7 @@ def _make(
     size = sum(item.size for item in pushed.items.values())
     if size > SNAPSHOT_BYTES:
         return f"{size >> 20} MiB would have to be sent a second time (`git init` there makes one)"
-    return snapshot(root, pushed, algorithm, folder, programs), "none"
+    return snapshot(root, pushed, algorithm, folder), "none"
 
 
 def _check_source(root: Path, repository: Repository) -> None:
@@ -133,38 +134,29 @@ def object_format(git: HostGit) -> str:
 
 
 def _send(sandbox: Sandbox, repository: GuestRepository, target: str) -> None:
-    """Copy `.git` in, as a stream of the same kind as the project itself."""
-    channel = sandbox.shell().start(
-        ["sh", "-c", 'rm -rf -- "$1/.git" && exec tar -x --no-same-owner -f - -C "$1"', "sh", target]
-    )
-    from vmsandbox.guest.ssh import exit_status
+    """Copy `.git` in, as an archive of the same kind as the project itself."""
+    from vmsandbox.session.project import UNTAR, send_archive
 
-    try:
-        with tarfile.open(fileobj=_Writer(channel), mode="w|", format=tarfile.GNU_FORMAT, bufsize=_PIECE) as tar:  # type: ignore[call-overload]
+    def fill(write: Callable[[bytes], None]) -> None:
+        with tarfile.open(fileobj=_Writer(write), mode="w|", format=tarfile.GNU_FORMAT, bufsize=_PIECE) as tar:  # type: ignore[call-overload]
             for path, content in repository.small.items():
                 tar.addfile(_member(path, len(content)), io.BytesIO(content))
             name = "objects/pack/" + repository.pack.name.replace("given", "pack")
             for ending in (".pack", ".idx"):
                 with repository.pack.with_suffix(ending).open("rb") as file:
                     tar.addfile(_member(name + ending, os.fstat(file.fileno()).st_size), file)
-        channel.shutdown_write()
-        if (status := exit_status(channel, 300)) != 0:
-            untrusted = channel.recv_stderr(4000) if channel.recv_stderr_ready() else b""
-            raise GuestError(f"the guest did not take its repository: status {status}", details=shown_bytes(untrusted))
-    except OSError as error:
-        raise GuestError("the guest stopped taking its repository", details=str(error)[:500]) from error
-    finally:
-        channel.close()
+
+    send_archive(sandbox, ["sh", "-c", f'rm -rf -- "$1/.git" && exec {UNTAR} -C "$1"', "sh", target], fill)
 
 
 class _Writer:
-    """A channel as a file that tarfile can write to."""
+    """A function as a file that tarfile can write to."""
 
-    def __init__(self, channel: Any) -> None:
-        self._channel = channel
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
 
     def write(self, data: bytes) -> int:
-        self._channel.sendall(data)
+        self._write(data)
         return len(data)
 
 

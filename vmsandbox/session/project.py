@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmsandbox.errors import GuestError
+from vmsandbox.guest.bulk import RECORD, TICK
 from vmsandbox.guest.pack import pack
 from vmsandbox.guest.walk import walk_project
 from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
+from vmsandbox.render.domain import BULK_CHANNEL
 from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.folder import SessionInfo
 from vmsandbox.spec import PROJECTS
@@ -26,9 +30,14 @@ from vmsandbox.spec import PROJECTS
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
 
+Write = Callable[[bytes], None]
+Result = TypeVar("Result")
+
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _PIECE = 1 << 20
-_UNPACK = 'rm -rf -- "$1" && mkdir -m 0700 -- "$1" && tar -x -p --no-same-owner -f - -C "$1"'
+_PATIENCE = 600  # seconds after the last byte
+UNTAR = f"tar -x -p --no-same-owner -b {RECORD // 512} -B -f /dev/virtio-ports/{BULK_CHANNEL}"
+_UNPACK = f'rm -rf -- "$1" && mkdir -m 0700 -- "$1" && {UNTAR} -C "$1"'
 # What the guest lists right after unpacking tells later what was not touched (receive.listing). The sender starts while
 # tar is at work. A project as small as this comes back whole in less time than that takes.
 _SMALL_FILES, _SMALL_BYTES = 200, 1 << 20
@@ -59,18 +68,11 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
         script = _UNPACK if small else f'{{ {_UNPACK} && echo unpacked; }} | "$2" --baseline "$1"'
         baseline = baseline_file(sandbox)
         baseline.unlink(missing_ok=True)
-        channel = sandbox.shell().start(["sh", "-c", script, "sh", target, SENDER])
-        try:
-            manifest = pack(
-                walk, channel.sendall, lambda done, total: sandbox.monitor.progress(done, total, "bytes")
-            ).manifest
-            channel.shutdown_write()
-            untrusted_listing = b"" if small else _all_of(channel)
-            _expect_success(channel)
-        except OSError as error:
-            raise GuestError("the guest stopped taking the project", details=last_words(channel)) from error
-        finally:
-            channel.close()
+        untrusted_listing, manifest = send_archive(
+            sandbox,
+            ["sh", "-c", script, "sh", target, SENDER],
+            lambda write: pack(walk, write, lambda done, all_: sandbox.monitor.progress(done, all_, "bytes")).manifest,
+        )
     record = sandbox.folder.record_folder(sandbox.info.id)
     (record / "pushed.jsonl").write_bytes(b"".join(manifest.lines()))
     if not small:
@@ -91,22 +93,57 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
     return info
 
 
-def _all_of(channel: Any) -> bytes:
+def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], Result]) -> tuple[bytes, Result]:
+    """Run a command that reads an archive from the bulk port (`UNTAR`), and fill that archive.
+
+    Returns:
+        The command's untrusted output, and what `fill` returned.
+
+    Raises:
+        GuestError: the command ended badly, or stopped reading.
+    """
+    shell = sandbox.shell()
+    with sandbox.folder.bulk_port() as port:
+        channel = shell.start(command)
+        try:
+            channel.shutdown_write()
+            ended = channel.status_event.is_set
+            result = fill(lambda data: port.write(data, ended))
+            port.pad(ended)
+            untrusted = _all_of(channel, port.nudge)
+            _expect_success(channel)
+            return untrusted, result
+        except (GuestError, OSError) as error:
+            raise GuestError("the guest did not take it", details=f"{error}\n{last_words(channel)}") from error
+        finally:
+            channel.close()
+
+
+def _all_of(channel: Any, nudge: Callable[[], None]) -> bytes:
     untrusted = bytearray()
-    channel.settimeout(600)
-    while piece := channel.recv(_PIECE):
+    channel.settimeout(TICK)
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            piece = channel.recv(_PIECE)
+        except TimeoutError:
+            if time.monotonic() > until:
+                raise GuestError(f"the guest's side did not end within {_PATIENCE} seconds") from None
+            nudge()
+            continue
+        if not piece:
+            return bytes(untrusted)
         untrusted += piece
         if len(untrusted) > _MAX_BASELINE:
             raise GuestError("the guest's list of what was copied in does not end")
-    return bytes(untrusted)
 
 
 def _expect_success(channel: Any) -> None:
     from vmsandbox.guest.ssh import exit_status
 
-    status = exit_status(channel, 600)
+    status = exit_status(channel, 60)
     if status != 0:
-        raise GuestError(f"the guest's side failed with status {status}", details=last_words(channel))
+        raise GuestError(f"the guest's side failed with status {status}")
 
 
 def last_words(channel: Any) -> str:
