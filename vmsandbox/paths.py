@@ -16,7 +16,7 @@ from vmsandbox.errors import HostError, UserInputError
 
 # sockaddr_un.sun_path is 108 bytes with its NUL (unix(7)); libvirt and QEMU refuse more.
 MAX_SOCKET_PATH = 107
-# The longest name of a socket inside a session's run folder: "/<name>/control.sock".
+# What follows a session's name in the path of a socket: "-1a2b3c/control" at most.
 _SOCKET_NAME_ROOM = 16
 
 SESSION_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")

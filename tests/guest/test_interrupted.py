@@ -124,6 +124,19 @@ def test_a_template_whose_maker_was_killed_is_removed(cli: Cli, big: Path) -> No
     assert kinds == {"guest", "template"}
 
 
+def test_a_name_is_used_again_at_once(cli: Cli) -> None:
+    """libvirt removes the sockets of the guest before by their paths, when it has noticed its end."""
+    guest = cli.guest("again")
+    cli("start", "--empty", "--name", "again")
+    guest.stop()
+    cli("start", "--empty", "--name", "again")
+    try:
+        time.sleep(4)
+        assert guest.sh("echo here") == "here"
+    finally:
+        guest.stop()
+
+
 def test_a_guest_that_died_is_shown_and_removed(fork: Callable[..., Guest]) -> None:
     guest = fork()
     os.kill(guest.qemu, signal.SIGKILL)

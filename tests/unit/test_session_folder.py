@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,12 +169,15 @@ def test_teardown_ends_the_sessions_process_and_removes_no_more_than_its_own(lay
     folder.vm.mkdir()
     (folder.vm / "link").symlink_to(precious)
     folder.run.parent.mkdir(parents=True, exist_ok=True)
-    folder.run.symlink_to(precious)
+    sockets = folder.run
+    sockets.symlink_to(precious)
     qemu = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"uuid={folder.info().uuid}"])
+    while not Path(f"/proc/{qemu.pid}/cmdline").read_bytes():
+        time.sleep(0.01)  # just after exec it is empty
     (folder.path / "qemu.pid").write_text(str(qemu.pid))
     assert tear_down(layout, folder, folder.info()) == []
     assert qemu.wait(timeout=10) == -9
-    assert not folder.path.exists() and not folder.run.is_symlink()
+    assert not folder.path.exists() and not sockets.is_symlink()
     assert (precious / "file").read_text() == "kept"
 
 

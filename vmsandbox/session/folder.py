@@ -14,7 +14,7 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
     live/<name>/keeper.log      what that process had to say
     live/<name>/frozen          why its processors were stopped, while they are
-    run/<name>/                 sockets
+    run/<name>-<6 digits>/      sockets (the digits are the end of its id)
     run/<name>.net/             the broker's socket, where QEMU's user cannot look
     records/<id>/events.jsonl   the journal
     records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
@@ -95,8 +95,24 @@ class SessionFolder:
         self.layout = layout
         self.name = checked_session_name(name)
         self.path = layout.live / name
-        self.run = layout.run / name
         self.net = layout.run / f"{name}.net"  # no session's name has a dot
+
+    @property
+    def run(self) -> Path:
+        """The folder of the sockets. Raises like `info`."""
+        return self.sockets(self.info())
+
+    def sockets(self, info: SessionInfo) -> Path:
+        """The same, of a known session.
+
+        Each session has its own, also where a name is used again: libvirt removes a guest's sockets by their paths, and
+        may do so seconds after the guest's end.
+        """
+        return self.layout.run / f"{self.name}-{info.id[-6:]}"
+
+    def all_sockets(self) -> list[Path]:
+        """The folders of sockets that sessions of this name may have left."""
+        return sorted(self.layout.run.glob(self.name + "-" + "[0-9a-f]" * 6))
 
     @property
     def vm(self) -> Path:

@@ -42,7 +42,7 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
         attempt("network", lambda: end_keeper(folder))
         attempt("guest", lambda: end_guest(folder, info))
         attempt("network card", lambda: _remove_card(folder, info))
-        attempt("sockets", lambda: _remove(folder.run))
+        attempt("sockets", lambda: _remove(folder.sockets(info)))
         attempt("broker's socket", lambda: _remove(folder.net))
         attempt("guest files", lambda: _remove(folder.vm))
         if not left:
@@ -84,7 +84,7 @@ def remove_damaged(layout: Layout, name: str) -> list[str]:
             # a domain's name is "vmsandbox-<session>-<six hexadecimal digits>"
             if domain.home == str(layout.live) and domain.name[len(DOMAIN_PREFIX) : -7] == name:
                 host.destroy(domain.uuid)
-        for path in (folder.run, folder.net, folder.path):
+        for path in (*folder.all_sockets(), folder.net, folder.path):
             _remove(path)
     except (VmsandboxError, OSError) as error:
         left.append(str(error))
