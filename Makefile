@@ -34,9 +34,10 @@ check: $(VENV)/.dev ## lint, types and layers, no tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## measure how long a guest takes to start, and a project to go in and come back
+bench: $(VENV)/.dev ## measure: a guest's start, a project's way in and back, the broker
 	$(BIN)/python benchmarks/startup.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/egress.py
 
 setup: packages $(VENV)/.user ## Debian packages and a virtual environment, nothing else
 	@$(BIN)/vmsandbox --help > /dev/null
@@ -45,7 +46,7 @@ packages:
 	@PYTHON=$(PYTHON) scripts/packages.sh
 
 test-packages: packages
-	@PYTHON=$(PYTHON) scripts/packages.sh cpio chromium fonts-dejavu-core
+	@PYTHON=$(PYTHON) scripts/packages.sh cpio chromium fonts-dejavu-core curl openssl
 
 # Says what this host can do, and mends it. Emulation is allowed here alone: what runs in the demonstration is this
 # repository's own. A session of yours refuses it unless you say so.

@@ -129,40 +129,21 @@ def test_each_guarantee_names_code_and_tests_that_exist(one: Guarantee) -> None:
     assert problems_of(one) == []
 
 
-@pytest.mark.parametrize(("number", "line"), NOT_YET, ids=[f"G{number}" for number, _ in NOT_YET])
-def test_the_command_line_says_what_does_not_hold_yet(number: int, line: str, tmp_path: Path) -> None:
-    """Before it makes anything, and with the status of vmsandbox's own failures."""
-    program, *words = shlex.split(line)
-    assert program == "vmsandbox"
-    home = tmp_path / "home"
-    done = subprocess.run(
-        [sys.executable, "-m", "vmsandbox", *words],
-        env={"PATH": os.environ["PATH"], "VMSANDBOX_HOME": str(home), "PYTHONPATH": str(REPOSITORY)},
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 125, done.stderr
-    assert re.search(r"not available in this version|No such command", done.stderr), done.stderr
-    assert not home.exists()
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ("| Status | holds |\n| Code | `vmsandbox/paths.py` |", "names no test"),
-        ("| Status | partly: some |\n| Test | `tests/test_ledger.py::test_x` |", "has no test_x"),
-        ("| Status | holds |\n| Code | `vmsandbox/nowhere.py` |", "no such file"),
-        ("| Status | holds |\n| Code | `vmsandbox/paths.py::nothing` |", "has no nothing"),
-        ("| Status | holds |\n| Test | `vmsandbox/paths.py::Layout` |", "is no test"),
-        ("| Status | not yet |", "no command is named"),
-        ("| Status | certainly |", "none of"),
-        ("", "none of"),
-    ],
-)
-def test_the_ledger_is_really_read(rows: str, said: str) -> None:
-    one, other = read_ledger(f"### G1. A promise\n\n{rows}\n\n## Limits\n| Code | `x` |\n### G2. Another\n")
-    assert any(said in problem for problem in problems_of(one)), problems_of(one)
-    assert other.rows == {}
+def test_the_command_line_says_what_does_not_hold_yet(tmp_path: Path) -> None:
+    """Before it makes anything, and with the status of vmsandbox's own failures. (Nothing to do where all holds.)"""
+    for number, line in NOT_YET:
+        program, *words = shlex.split(line)
+        assert program == "vmsandbox"
+        home = tmp_path / f"home{number}"
+        done = subprocess.run(
+            [sys.executable, "-m", "vmsandbox", *words],
+            env={"PATH": os.environ["PATH"], "VMSANDBOX_HOME": str(home), "PYTHONPATH": str(REPOSITORY)},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 125, done.stderr
+        assert re.search(r"not available in this version|No such command", done.stderr), done.stderr
+        assert not home.exists()
