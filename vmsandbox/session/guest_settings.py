@@ -73,13 +73,15 @@ def guest_network(
     if forwarded:
         sshd += f"PermitListen {FORWARDED[0]}:{FORWARDED[1]}\n"
     exports = "".join(f"export {name}={_shell_word(value)}\n" for name, value in variables.items())
+    # What nobody asked for is left out: looking for a newer npm, and posting what is installed.
     npm = f"proxy={proxy}\nhttps-proxy={proxy}\ncafile={BUNDLE}\nnoproxy={NO_PROXY}\n"
+    npm += "update-notifier=false\naudit=false\nfund=false\n"
     cargo = f'[http]\nproxy = "{proxy}"\ncainfo = "{BUNDLE}"\n'
     files = {
         OWN_CERTIFICATE: certificate,
         "/etc/profile.d/vmsandbox-network.sh": exports,  # root's and other login shells
         "/etc/apt/apt.conf.d/90vmsandbox": f'Acquire::http::Proxy "{proxy}";\nAcquire::https::Proxy "{proxy}";\n',
-        "/etc/pip.conf": f"[global]\nproxy = {proxy}\ncert = {BUNDLE}\n",
+        "/etc/pip.conf": f"[global]\nproxy = {proxy}\ncert = {BUNDLE}\ndisable-pip-version-check = true\n",
         "/etc/npmrc": npm,  # Debian's npm
         "/usr/local/etc/npmrc": npm,  # Node's own archive
         "/root/.cargo/config.toml": cargo,
