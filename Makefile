@@ -22,11 +22,13 @@ session: doctor ## set everything up, then run a session on this repository (fir
 test: check ## set everything up, then lint, types, layers, unit tests and tests with real guests
 	@echo "== daemons for the tests with guests (these allow emulation: what runs in them is this repository's own)"
 	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/vmsandbox doctor --fix
-	@echo "== tests, the ones with real guests included (a first run builds an image: minutes)"
-	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "== tests without guests"
+	$(BIN)/python -m pytest -n 2 -m "not guest" $(PYTEST_ARGS)
+	@echo "== tests with real guests (a first run builds an image: minutes)"
+	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/python -m pytest -m guest $(PYTEST_ARGS)
 
 unit: $(VENV)/.dev ## the tests without guests: seconds
-	$(BIN)/python -m pytest -m "not guest" tests/unit tests/test_ledger.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not guest" $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## lint, types and layers, no tests
 	$(BIN)/ruff check

@@ -15,7 +15,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -294,23 +293,23 @@ def test_nobody_else_reaches_the_broker(guest: RootedGuest) -> None:
 
 def test_the_host_does_not_connect_to_the_guest(guest: RootedGuest) -> None:
     its = card(guest)
-    listen = f"""python3 - <<'EOF'
-import socket
+    listen = f"""import socket
 server = socket.create_server(("{its.guest_address}", 7777))
 open("/run/listens", "w").close()
 server.settimeout(4)
 try:
-    print("REACHED", server.accept()[1])
+    said = f"REACHED {{server.accept()[1]}}"
 except TimeoutError:
-    print("nobody")
-EOF"""
-    with ThreadPoolExecutor(1) as pool:
-        said = pool.submit(guest.root, listen)
-        guest.root("while [ ! -e /run/listens ]; do sleep 0.05; done")
-        with closing(socket.socket()) as sock:
-            sock.settimeout(2)
-            assert sock.connect_ex((its.guest_address, 7777)) != 0
-        assert said.result() == "nobody"
+    said = "nobody"
+open("/run/heard", "w").write(said)
+"""
+    guest.root(
+        f"setsid python3 - > /dev/null 2>&1 <<'EOF' &\n{listen}EOF\nuntil [ -e /run/listens ]; do sleep 0.05; done"
+    )
+    with closing(socket.socket()) as sock:
+        sock.settimeout(2)
+        assert sock.connect_ex((its.guest_address, 7777)) != 0
+    assert guest.root("until [ -s /run/heard ]; do sleep 0.05; done; cat /run/heard") == "nobody"
 
 
 def test_a_broker_that_dies_leaves_its_ports_to_nobody(make: Callable[[], RootedGuest]) -> None:

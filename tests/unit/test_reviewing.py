@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import io
 import os
@@ -52,6 +53,7 @@ class Talk:
     def until_question(self) -> str:
         """What comes up to the next question, the question included; "" at the end."""
         piece = ""
+        decoder = codecs.getincrementaldecoder(self._encoding)()  # a read may end within a character
         deadline = time.monotonic() + 30
         while not re.search(r"vmsandbox> [^\n]*(\]|:|this\)) (\x1b\[0m)?$", piece):
             assert time.monotonic() < deadline, piece
@@ -63,7 +65,7 @@ class Talk:
                 data = b""
             if not data:
                 break
-            piece += data.decode(self._encoding)
+            piece += decoder.decode(data)
         else:
             time.sleep(0.02)  # it flushes what was typed before; a person is never faster than that
             self.seen += piece
