@@ -150,13 +150,13 @@ def _host(summary: EgressSummary, event: EgressEvent) -> None:
     elif event.rule[:_LONGEST] in use.refusals or len(use.refusals) < _MOST_RULES:
         rule = event.rule[:_LONGEST]
         new = Refusal(rule, event.reason[:_LONGEST], event.remedy[:_LONGEST_REMEDY])
-        use.refusals.setdefault(rule, new).count += _times(event)
+        use.refusals.setdefault(rule, new).count += times(event)
     else:
         summary.others += 1
 
 
-def _times(event: EgressEvent) -> int:
-    """How many refusals an event stands for: the broker merges those that are alike."""
+def times(event: EgressEvent) -> int:
+    """For how many of its kind an event stands: the broker makes one of equal refusals that follow each other."""
     untrusted = event.more.get("count", "1")
     return int(untrusted) if untrusted.isascii() and untrusted.isdigit() and len(untrusted) < 12 else 1
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmsandbox.egress.summary import times
 from vmsandbox.egress.values import EgressEvent, EgressKind
 from vmsandbox.egress.wire import event_to_json, parse_untrusted_event
 from vmsandbox.errors import VmsandboxError
@@ -164,12 +165,6 @@ class EgressLog:
                 event.host, event.port, event.method, event.path, event.rule, event.reason, event.remedy, count
             )
         )
-
-
-def times(event: EgressEvent) -> int:
-    """For how many of its kind an event stands: the broker makes one of equal refusals that follow each other."""
-    count = event.more.get("count", "")
-    return int(count) if count.isascii() and count.isdigit() and len(count) < 10 else 1
 
 
 def read_events(folder: Path) -> Iterator[EgressEvent]:

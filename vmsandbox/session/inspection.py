@@ -30,22 +30,7 @@ def inspect_guest(
     Raises:
         RefusedError: the live XML has something that was not asked for.
     """
-    check_live_xml(
-        live_xml,
-        ExpectedDevices(
-            accelerator=plan.shape.accelerator,
-            uuid=plan.uuid,
-            machine=plan.machine,
-            emulator=plan.emulator,
-            kernel=plan.kernel,
-            initrd=plan.initrd,
-            cmdline=plan.cmdline,
-            disk_chain=plan.disk_chain,
-            channels=plan.channels,
-            serial=("unix", plan.console_socket),
-            qemu_args=plan.qemu_args,
-        ),
-    )
+    check_live_xml(live_xml, ExpectedDevices.of(plan))
     pid = read_pid_file(pid_file(host.uri, plan.name))
     (folder.path / "qemu.pid").write_text(str(pid))
     isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
