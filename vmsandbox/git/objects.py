@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 TREE, GITLINK, LINK, EXECUTABLE, FILE = 0o040000, 0o160000, 0o120000, 0o100755, 0o100644
 _TYPES = {"commit": 1, "tree": 2, "blob": 3}
-_SAMPLE = 8 << 10  # bytes
+_SAMPLE = 1 << 10  # bytes
 _FAR = 1 << 31  # gitformat-pack(5): an offset from here on takes eight bytes; in the four, this bit says so
 _NEAR_OFFSETS = _FAR
 DIGEST_SIZES = {"sha1": 20, "sha256": 32}
