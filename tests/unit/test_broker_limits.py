@@ -11,28 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from broker_running import QUIET, Authority, Http2Server, Server, authority, broker_environment, rule, running, told
+from broker_running import QUIET, Authority, Http2Server, Server, broker_environment, rule, running, told
 
 from vmsandbox.egress.values import Dlp, EgressKind, EgressLimits, Tls
 
 SMALL = EgressLimits(
     connections=4, header_bytes=8192, request_bytes=100_000, response_bytes=300_000, connect_seconds=1, idle_seconds=2
 )
-
-
-@pytest.fixture(scope="module")
-def session() -> Authority:
-    return authority("session")
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Authority:
-    return authority("upstream")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("broker")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_running import Authority, Server, authority, broker_environment, one_answer, rule, running
+from broker_running import Authority, Server, broker_environment, one_answer, rule, running
 
 from vmsandbox.broker.environment import environment_key, find_environment, make_environment, site_packages
 from vmsandbox.broker.failures import say_failure
@@ -25,11 +25,6 @@ from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def session() -> Authority:
-    return authority("session")
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_running import Authority, NameServer, Running, Server, authority, one_answer, rule, running
+from broker_running import Authority, NameServer, Running, Server, one_answer, rule, running
 
 from vmsandbox.egress.values import EgressKind, HostRule, Tls
-
-
-@pytest.fixture(scope="module")
-def session() -> Authority:
-    return authority("session")
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Authority:
-    return authority("upstream")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("broker")
 
 
 @pytest.fixture(scope="module")

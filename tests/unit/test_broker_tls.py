@@ -56,21 +56,6 @@ print(json.dumps({"answers": [answers.get(1 + 2 * n, {}).get(":status") for n in
 
 
 @pytest.fixture(scope="module")
-def session() -> Authority:
-    return authority("session")
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Authority:
-    return authority("upstream")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("broker")
-
-
-@pytest.fixture(scope="module")
 def secure(upstream: Authority, folder: Path) -> Iterator[Server]:
     server = Server(tls=upstream.leaf(folder, "allowed.test", "second.test", "passed.test", "192.0.2.7"))
     yield server

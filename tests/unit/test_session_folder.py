@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,19 @@ def test_each_port_is_used_once_and_given_back(layout: Layout) -> None:
             pass
     with folder.ssh_port(2) as again:
         assert again == 0
+
+
+def test_one_project_goes_in_at_a_time(layout: Layout) -> None:
+    folder = SessionFolder(layout, "one")
+    folder.claim(info_of("one"))
+    folder.run.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as qemu:
+        qemu.bind(str(folder.run / "bulk"))
+        qemu.listen()
+        with folder.bulk_port(), pytest.raises(GuestError, match="being copied into"), folder.bulk_port():
+            pass
+        with folder.bulk_port():
+            pass
 
 
 def test_an_owner_is_a_process_and_not_a_number() -> None:

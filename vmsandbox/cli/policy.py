@@ -143,28 +143,22 @@ def propose(
 
 
 def _events(name: str) -> Iterator[EgressEvent]:
-    from vmsandbox.egress.wire import MAX_EVENT, WireError, parse_untrusted_event
-    from vmsandbox.paths import Layout
+    from vmsandbox.session.egress_log import FILE, events_in
 
     path = Path(name)
     if not (path.suffix == ".jsonl" and path.is_file()):
+        from vmsandbox.paths import Layout
         from vmsandbox.session.record import find_record
 
-        path = find_record(Layout.from_environment(), name).folder / "egress.jsonl"
+        path = find_record(Layout.from_environment(), name).folder / FILE
     try:
-        file = path.open("rb")
+        yield from events_in(path)
     except OSError as error:
         raise UserInputError(
             f"nothing is recorded of this session's network: {path}",
             details=str(error),
             resolution="`vmsandbox session --net proxy --learn` records what would be refused",
         ) from error
-    with file:
-        while line := file.readline(MAX_EVENT + 1):
-            try:
-                yield parse_untrusted_event(line)
-            except WireError:
-                continue  # a line that was cut off when the host went down
 
 
 def _load(file: Path | None) -> Policy:

@@ -3,7 +3,7 @@ r"""What a tree contains, as a value: pushed by the host, or reported by a guest
 Without a strict reader, a guest could name `../x`, fill the host's memory, or crash the program that
 judges it.
 
-The format (the guest's program `vmsandbox-manifest` writes it, the host keeps its own in it): JSON lines
+The format (the host keeps what was pushed and what came back in it; the receiver reports in it): JSON lines
 in ASCII, one object an entry, and a last line that says how many, so that a cut-off report is not taken
 for deletions.
 

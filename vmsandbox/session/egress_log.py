@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmsandbox.egress.summary import times
 from vmsandbox.egress.values import EgressEvent, EgressKind
-from vmsandbox.egress.wire import event_to_json, parse_untrusted_event
+from vmsandbox.egress.wire import MAX_EVENT, event_to_json, parse_untrusted_event
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal
@@ -168,12 +168,15 @@ class EgressLog:
 
 
 def read_events(folder: Path) -> Iterator[EgressEvent]:
-    """The events of a record, in order. A line that is cut off (the disk was full) is left out."""
-    try:
-        file = (folder / FILE).open("rb")
-    except OSError:
-        return
-    with file:
-        for line in file:
+    """The events of a record, in order; none where the session had no network."""
+    path = folder / FILE
+    if path.exists():
+        yield from events_in(path)
+
+
+def events_in(path: Path) -> Iterator[EgressEvent]:
+    """The events of a file, in order. A line that is cut off (the disk was full) is left out. Raises OSError."""
+    with path.open("rb") as file:
+        while line := file.readline(MAX_EVENT + 1):
             with suppress(VmsandboxError):
                 yield parse_untrusted_event(line)
