@@ -193,3 +193,23 @@ def test_a_package_is_written_down_and_a_denied_one_refused(broker: Running, ser
     event = broker.event(kind=EgressKind.PACKAGE)
     assert (event.more["name"], event.more["version"], event.via) == ("six", "1.16.0", "proxy")
     assert event.more["digest"].startswith("sha256:")
+
+
+def test_a_package_whose_answer_breaks_off_has_no_digest(broker: Running, server: Server) -> None:
+    """Chunked: no length says that something is missing. A digest of half a file would be a false one."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("transfer-encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"5\r\nwheel\r\n")  # and no last chunk
+        handler.close_connection = True
+
+    server.answer = answer
+    try:
+        broker.curl("--http1.1", f"https://pypi.test:{server.port}/packages/aa/broken-1.0-py3-none-any.whl")
+    finally:
+        server.answer = None
+    broker.event(kind=EgressKind.CLOSED, path="/packages/aa/broken-1.0-py3-none-any.whl")
+    [package] = [one for one in broker.events if one.more.get("name") == "broken"]
+    assert package.more["partial"] == "yes" and "digest" not in package.more
