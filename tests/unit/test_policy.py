@@ -14,7 +14,7 @@ from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.globs import translate
 from vmsandbox.policy.load import MAX_BYTES, find_policy, load_policy
 from vmsandbox.policy.secrets import built_in
-from vmsandbox.policy.values import NetworkPolicy, Policy, unenforced
+from vmsandbox.policy.values import CommandsPolicy, FilesystemPolicy, NetworkPolicy, Policy, unenforced
 
 SAMPLE = """\
 # The policy file that users already keep in their repositories, as .claude/sandbox.yaml
@@ -69,14 +69,18 @@ def refusal(folder: Path, text: str | bytes) -> UserInputError:
 def test_the_format_people_already_use_loads_as_it_is(tmp_path: Path) -> None:
     path = policy_file(tmp_path, SAMPLE)
     assert load_policy(path) == Policy(
-        allowed_paths=("./src", "./tests", "/tmp/claude-work"),
-        denied_paths=("./secrets/", "~/.ssh/", "/etc/"),
+        filesystem=FilesystemPolicy(
+            allowed_paths=("./src", "./tests", "/tmp/claude-work"),
+            denied_paths=("./secrets/", "~/.ssh/", "/etc/"),
+        ),
         network=NetworkPolicy(
             mode="restricted", allowed_hosts=("pypi.org", "npmjs.org", "github.com"), denied_hosts=("*",)
         ),
-        commands_allowed=("python", "pytest", "black", "git"),
-        commands_denied=("rm -rf /", "curl *", "wget *"),
-        commands_require_confirmation=("pip install *", "npm install *", "docker *"),
+        commands=CommandsPolicy(
+            allowed=("python", "pytest", "black", "git"),
+            denied=("rm -rf /", "curl *", "wget *"),
+            require_confirmation=("pip install *", "npm install *", "docker *"),
+        ),
         source=path,
     )
 
@@ -149,7 +153,9 @@ def test_the_policy_value_needs_no_validation_library() -> None:
 
 def test_what_is_not_enforced_is_said(tmp_path: Path) -> None:
     assert unenforced(Policy()) == []
-    assert unenforced(Policy(network=NetworkPolicy(mode="none"), denied_paths=("x",))) == []
+    assert (
+        unenforced(Policy(network=NetworkPolicy(mode="none"), filesystem=FilesystemPolicy(denied_paths=("x",)))) == []
+    )
     said = "\n".join(unenforced(load_policy(policy_file(tmp_path, SAMPLE))))
     for name in (
         "allowed_paths", "commands.allowed", "commands.denied", "commands.require_confirmation",

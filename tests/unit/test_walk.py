@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.guest.walk import Limits, Reason, Walk, walk_project
-from vmsandbox.policy.values import Policy
+from vmsandbox.policy.values import FilesystemPolicy, Policy
 from vmsandbox.process import Programs
 
 GIT = {
@@ -155,7 +155,7 @@ def test_a_tracked_file_is_sent_although_ignored_but_not_when_secret_or_denied(p
         "a.gen": "", "b.gen": "", ".env": "", "private/p": "",
     })  # fmt: skip
     git(project, "add", "-f", "build/keep/tracked.c", "a.gen", ".env", "private/p")
-    walk = walk_project(project, Policy(denied_paths=("./private/",)))
+    walk = walk_project(project, Policy(filesystem=FilesystemPolicy(denied_paths=("./private/",))))
     assert sent(walk) == {".gitignore", "build/keep/tracked.c", "a.gen"}
     assert kept(walk) == {
         ".git": Reason.GIT, ".env": Reason.SECRET, "private": Reason.POLICY, "b.gen": Reason.IGNORED,
@@ -227,14 +227,14 @@ def test_without_git_an_ignored_file_counts_as_ignored(project: Path) -> None:
 
 def test_denied_paths(project: Path) -> None:
     write(project, **{"secrets/a": "", "x/secrets/b": "", "conf/p.yaml": "", "conf/p.txt": "", "z": ""})
-    walk = walk_project(project, Policy(denied_paths=("./secrets/", "conf/*.yaml")))
+    walk = walk_project(project, Policy(filesystem=FilesystemPolicy(denied_paths=("./secrets/", "conf/*.yaml"))))
     assert sent(walk) == {"x/secrets/b", "conf/p.txt", "z"}
     assert [(row.path, row.detail) for row in walk.withheld] == [
         ("conf/p.yaml", "conf/*.yaml"),
         ("secrets", "./secrets/"),
     ]
     with pytest.raises(RefusedError):
-        walk_project(project, Policy(denied_paths=(str(project.parent) + "/",)))
+        walk_project(project, Policy(filesystem=FilesystemPolicy(denied_paths=(str(project.parent) + "/",))))
 
 
 def test_a_project_reached_through_a_link_is_walked_where_it_is(project: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def as_nobody(action: str, project: Path) -> subprocess.CompletedProcess[str]:
     """Run a piece of Python without root's power to read everything."""
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from vmsandbox.guest.walk import walk_project; from vmsandbox.policy.values import Policy\n"
+        "from vmsandbox.guest.walk import walk_project; from vmsandbox.policy.values import FilesystemPolicy, Policy\n"
         "from vmsandbox.errors import UserInputError\n"
         "from vmsandbox.policy.secrets import built_in\n"
         "import pathspec; built_in()  # while they can still be read: the checkout may be in /root\n"
@@ -347,7 +347,9 @@ def test_ten_thousand_files_in_about_half_a_second(project: Path) -> None:
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        walk = walk_project(project, Policy(denied_paths=("./secrets/", "*.secret", "~/.ssh/")))
+        walk = walk_project(
+            project, Policy(filesystem=FilesystemPolicy(denied_paths=("./secrets/", "*.secret", "~/.ssh/")))
+        )
         times.append(time.perf_counter() - begin)
     assert len(sent(walk)) == 10_001
     print("walk of 10,000 files:", [f"{one:.3f}" for one in times])

@@ -111,7 +111,7 @@ def walk_project(root: Path, policy: Policy, *, limits: Limits | None = None, pr
         real = root.resolve(strict=True)
         fd = os.open(real, OPEN_FOLDER)
     walk = Walk(real, limits or Limits())
-    walker = _Walker(walk, DeniedPaths(policy.denied_paths, real), programs or Programs())
+    walker = _Walker(walk, DeniedPaths(policy.filesystem.denied_paths, real), programs or Programs())
     try:
         walker.look(fd)
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.strictyaml import MAX_BYTES, StrictYaml
-from vmsandbox.policy.values import NetworkPolicy, NetworkRule, Policy, SecretSource
+from vmsandbox.policy.values import CommandsPolicy, FilesystemPolicy, NetworkPolicy, NetworkRule, Policy, SecretSource
 
 if TYPE_CHECKING:
     from vmsandbox.policy.model_network import Network, Rule, Secret
@@ -75,12 +75,16 @@ def load_policy(path: Path) -> Policy:
     reader = StrictYaml(f"the policy {path}", _EXAMPLE, _KEYS, ("mode", _MODES))
     sandbox = reader.read(content, PolicyFile).sandbox
     return Policy(
-        allowed_paths=tuple(sandbox.filesystem.allowed_paths),
-        denied_paths=tuple(sandbox.filesystem.denied_paths),
+        filesystem=FilesystemPolicy(
+            allowed_paths=tuple(sandbox.filesystem.allowed_paths),
+            denied_paths=tuple(sandbox.filesystem.denied_paths),
+        ),
         network=_network(sandbox.network),
-        commands_allowed=tuple(sandbox.commands.allowed),
-        commands_denied=tuple(sandbox.commands.denied),
-        commands_require_confirmation=tuple(sandbox.commands.require_confirmation),
+        commands=CommandsPolicy(
+            allowed=tuple(sandbox.commands.allowed),
+            denied=tuple(sandbox.commands.denied),
+            require_confirmation=tuple(sandbox.commands.require_confirmation),
+        ),
         source=path,
     )
 

@@ -60,6 +60,7 @@ class NetworkPolicy:
     packages_allow             None: any
     limits                     the limits that are named, by name
     resolver                   DNS servers, `address` or `address:port` (`[address]:port` for IPv6)
+    within                     wider policies (an organisation's), each of which has to allow a request too
     """
 
     mode: str | None = None
@@ -75,38 +76,188 @@ class NetworkPolicy:
     dlp_freeze: bool = False
     limits: tuple[tuple[str, float], ...] = ()
     resolver: tuple[str, ...] = ()
+    within: tuple[NetworkPolicy, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tmpfs:
+    """A folder of the guest that is memory, nosuid and nodev. path: absolute in the guest. size: bytes."""
+
+    path: str
+    size: int
+    exec: bool = False
+
+
+@dataclass(frozen=True)
+class FilesystemPolicy:
+    """`sandbox.filesystem`. Paths: `./…` in the project, `~/…` or absolute; as written.
+
+    allowed_paths   all that the worker may write (no globs); empty: the project, its home, /tmp
+    denied_paths    paths and globs: never sent, and not to be entered in the guest
+    read_only       the project may not be written at all, but for `output`
+    output          a writable folder in a read-only project, relative to it
+    """
+
+    allowed_paths: tuple[str, ...] = ()
+    denied_paths: tuple[str, ...] = ()
+    read_only: bool = False
+    output: str | None = None
+    tmpfs: tuple[Tmpfs, ...] = ()
+
+
+@dataclass(frozen=True)
+class CommandsPolicy:
+    """`sandbox.commands`: patterns of command lines, as written.
+
+    allowed           empty: any
+    confirm_seconds   how long a person is waited for
+    within            wider policies (an organisation's), each of which has to allow a command too
+    """
+
+    allowed: tuple[str, ...] = ()
+    denied: tuple[str, ...] = ()
+    require_confirmation: tuple[str, ...] = ()
+    confirm_seconds: float = 60
+    within: tuple[CommandsPolicy, ...] = ()
+
+
+@dataclass(frozen=True)
+class SeccompProfile:
+    """An OCI/Docker seccomp profile. source: the file. text: its content, checked, canonical JSON."""
+
+    source: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class KernelPolicy:
+    """`sandbox.kernel`: what of the guest's kernel the worker's processes reach.
+
+    seccomp           profiles that hold all at once
+    capabilities      lower case (`chown`), kept in the bounding set beyond what a login needs
+    """
+
+    seccomp: tuple[SeccompProfile, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    new_privileges: bool = False
+    user_namespaces: bool = False
+
+
+@dataclass(frozen=True)
+class ResourcesPolicy:
+    """`sandbox.resources`; None: the default, or no limit. Sizes in bytes.
+
+    memory_reserved   what the guest is sure to keep when the host takes memory back (ballooning); None: all
+    disk              what the guest may write to its disk beyond its image
+    write_rate        bytes a second
+    processes         of the worker, threads included
+    output            bytes of one command's stdout and stderr
+    """
+
+    vcpus: int | None = None
+    memory: int | None = None
+    memory_reserved: int | None = None
+    disk: int | None = None
+    write_rate: int | None = None
+    processes: int | None = None
+    output: int | None = None
+
+
+@dataclass(frozen=True)
+class Healthcheck:
+    """A command in the guest, again and again. interval, timeout: seconds. retries: failures before it is unhealthy."""
+
+    test: tuple[str, ...]
+    interval: float = 30
+    timeout: float = 10
+    retries: int = 3
+
+
+@dataclass(frozen=True)
+class SessionPolicy:
+    """`sandbox.session`.
+
+    time, idle     seconds until the session ends; idle: without a command, or input or output of one
+    environment    names of host variables that pass into the guest
+    variables      name and value, set in the guest
+    post_create    a command that runs once per template, in the guest
+    schedule       a systemd calendar expression, for nightly use
+    """
+
+    time: float | None = None
+    idle: float | None = None
+    environment: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    post_create: tuple[str, ...] = ()
+    healthcheck: Healthcheck | None = None
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
+class PushPolicy:
+    """`sandbox.push`: what is done about a find in what goes in: `warn` or `refuse`.
+
+    secrets               what looks like a key or a password
+    instructions          invisible Unicode and terminal escapes in what an agent reads as instructions
+    agent_configuration   an agent's own configuration that would run commands
+    """
+
+    secrets: str = "warn"
+    instructions: str = "warn"
+    agent_configuration: str = "warn"
+
+
+@dataclass(frozen=True)
+class ReturnPolicy:
+    """`sandbox.return`: what may come back.
+
+    accept         the most that may be taken without a person: none, safe, all; None: as asked for
+    denied_paths   paths and globs, relative to the project, that are never taken
+    files, bytes, deletions   the most of each in one return; None: no limit beyond the receiver's own
+    """
+
+    accept: str | None = None
+    denied_paths: tuple[str, ...] = ()
+    files: int | None = None
+    bytes: int | None = None
+    deletions: int | None = None
 
 
 @dataclass(frozen=True)
 class Policy:
     """What a person allows a session, in the words of `.claude/sandbox.yaml`. `Policy()` is the default.
 
-    allowed_paths, denied_paths   globs: relative to the project, `~/…` or absolute; all on the host
-    network                       what the guest may reach
-    commands_*                    command lines or globs
-    source                        the file that it was read from; None: the default
+    image       None: as asked for, else `base`
+    isolation   the least isolation grade: emulated, separated, isolated; None: any
+    source      the file that it was read from; None: the default
+    outer       the organisation's and the user's files that narrow it, if there are any
     """
 
-    allowed_paths: tuple[str, ...] = ()
-    denied_paths: tuple[str, ...] = ()
+    image: str | None = None
+    isolation: str | None = None
+    filesystem: FilesystemPolicy = field(default_factory=FilesystemPolicy)
     network: NetworkPolicy = field(default_factory=NetworkPolicy)
-    commands_allowed: tuple[str, ...] = ()
-    commands_denied: tuple[str, ...] = ()
-    commands_require_confirmation: tuple[str, ...] = ()
+    commands: CommandsPolicy = field(default_factory=CommandsPolicy)
+    kernel: KernelPolicy = field(default_factory=KernelPolicy)
+    resources: ResourcesPolicy = field(default_factory=ResourcesPolicy)
+    session: SessionPolicy = field(default_factory=SessionPolicy)
+    push: PushPolicy = field(default_factory=PushPolicy)
+    returns: ReturnPolicy = field(default_factory=ReturnPolicy)
     source: Path | None = None
+    outer: tuple[Path, ...] = ()
 
 
 def unenforced(policy: Policy) -> list[str]:
     """What this version reads from the policy but does not act on, one plain sentence each, for a notice."""
     said = []
-    if policy.allowed_paths:
+    if policy.filesystem.allowed_paths:
         said.append(
             "filesystem.allowed_paths is not enforced yet: the whole project is copied in, except what is denied"
         )
     for name, commands in (
-        ("allowed", policy.commands_allowed),
-        ("denied", policy.commands_denied),
-        ("require_confirmation", policy.commands_require_confirmation),
+        ("allowed", policy.commands.allowed),
+        ("denied", policy.commands.denied),
+        ("require_confirmation", policy.commands.require_confirmation),
     ):
         if commands:
             said.append(f"commands.{name} is not enforced yet: any command may run inside the guest")

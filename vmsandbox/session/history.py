@@ -94,7 +94,7 @@ def _make(
         if mode != "none":
             _check_source(root, repository)
             made = history(
-                git, root, pushed, DeniedPaths(policy.denied_paths, root), folder,
+                git, root, pushed, DeniedPaths(policy.filesystem.denied_paths, root), folder,
                 shallow=mode == "shallow", own_shallow=repository.shallow,
             )  # fmt: skip
             if made is not None:
