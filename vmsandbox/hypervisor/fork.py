@@ -56,7 +56,7 @@ def plan_fork(request: ForkRequest, memory: ForkMemory, user: tuple[int, int] | 
         initrd=request.template.initrd,
         disk_chain=(
             DiskImage(request.folder / "disk.qcow2", "qcow2"),
-            DiskImage(request.template.disk, "qcow2"),
+            *(DiskImage(disk, "qcow2") for disk in request.template.disks),
             DiskImage(request.image.root, "raw"),
         ),
         run_folder=request.run_folder,
@@ -98,7 +98,7 @@ def start_fork(
             control.connect(5)
             inspect(plan, host.live_xml(plan.uuid))
             memory.wait()
-            _load_state(host, plan.uuid, template.state)
+            load_state(host, plan.uuid, template.state)
             host.resume(plan.uuid)
         except BaseException:
             control.close()
@@ -106,7 +106,7 @@ def start_fork(
     return plan, control
 
 
-def _load_state(host: Host, uuid: str, state: Path) -> None:
+def load_state(host: Host, uuid: str, state: Path) -> None:
     """Feed the template's device state to a QEMU that waits for it."""
     host.qmp(
         uuid,

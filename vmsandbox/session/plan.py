@@ -22,6 +22,7 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
+from vmsandbox.render.confinement import confinement_of
 from vmsandbox.render.seed import render_seed
 from vmsandbox.spec import Accelerator, GuestShape, History, NetworkMode
 
@@ -139,7 +140,7 @@ def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Progr
     store.verify(image)
     files = ImageFiles(image.name, image.digest, image.root, image.kernel, image.initrd)
     machine = Machine.of(host, shape)
-    template = find_template(host, files, shape, machine, layout, programs, monitor)
+    template = find_template(host, files, shape, machine, layout, programs, monitor, request.policy)
     return Prepared(kvm, shape, files, machine, template, _broker_environment(request, layout, programs, monitor))
 
 
@@ -191,11 +192,19 @@ def find_template(
     layout: Layout,
     programs: Programs,
     monitor: Monitor,
+    policy: Policy,
 ) -> Template:
-    """The template for these inputs, made now if there is none."""
+    """The template for these inputs, made now if there is none: one for all policies, tailored to this one."""
     cloudinit = resource_folder("cloudinit")
     plan = TemplatePlan(image, shape, machine, cloudinit, lambda: _seed_archive(cloudinit, shape))
-    return obtain_template(host, plan, TemplateStore(layout), programs, monitor)
+    store = TemplateStore(layout)
+    base = obtain_template(host, plan, store, programs, monitor)
+    message = confinement_of(policy)
+    if message is None:
+        return base
+    from vmsandbox.hypervisor.tailoring import TailorPlan, tailor_template
+
+    return tailor_template(host, TailorPlan(base, plan, message), store, programs, monitor)
 
 
 def _seed_archive(cloudinit: Path, shape: GuestShape) -> bytes:
