@@ -228,7 +228,7 @@ class Sandbox:
         from vmsandbox.session.project import push_project
 
         rules, runner = policy or Policy(), programs or Programs()
-        self.info = push_project(self, project, rules, runner)
+        self.info = push_project(self, project, rules, runner, history.value)
         give_history(self, project, history.value, rules, runner)
 
     def changes(self) -> Changes:
