@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.load import load_layer, load_policy
@@ -246,3 +247,19 @@ def test_the_schema_describes_every_key() -> None:
     assert keys > 80 and "return" in schema["$defs"]["Sandbox"]["properties"]
     sizes: Any = schema["$defs"]["Resources"]["properties"]["memory"]
     assert '"string"' in json.dumps(sizes) and '"integer"' in json.dumps(sizes)
+
+
+def test_the_documentation_has_every_key_and_loads(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/policy.md").read_text()
+    example, signed = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
+    (tmp_path / "seccomp.json").write_text(PROFILE)
+    file = tmp_path / "sandbox.yaml"
+    file.write_text(example)
+    policy = load_policy(file)
+    assert policy.session.healthcheck is not None and policy.network.limits
+    file.write_text(signed)
+    assert load_layer(file, organisation=True).signed is not None
+    documented = json.dumps(yaml.safe_load(example)) + json.dumps(yaml.safe_load(signed))
+    for definition in PolicyFile.model_json_schema(by_alias=True)["$defs"].values():
+        for name in definition["properties"]:
+            assert f'"{name}":' in documented, name
