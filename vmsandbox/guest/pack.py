@@ -47,7 +47,10 @@ class PushedManifest:
 
 
 def pack(
-    walk: Walk, write: Callable[[bytes], object], on_progress: Callable[[int, int], None] | None = None
+    walk: Walk,
+    write: Callable[[bytes], object],
+    on_progress: Callable[[int, int], None] | None = None,
+    on_content: Callable[[str, bytes], object] | None = None,
 ) -> PushedManifest:
     """Send all entries of a walk.
 
@@ -55,12 +58,13 @@ def pack(
         walk: what to send.
         write: takes the archive in pieces of some 256 KiB, in order; must take each whole.
         on_progress: told (content bytes read so far, content bytes in all) after each piece.
+        on_content: given (path, bytes) of each file that is not empty, in pieces of at most 1 MiB, in order.
 
     Raises:
         UserInputError: something is no longer what the walk saw, or cannot be read. The archive is
             unfinished then, and what was unpacked so far has to be thrown away.
     """
-    with _Packer(walk, write, on_progress) as packer:
+    with _Packer(walk, write, on_progress, on_content) as packer:
         for entry in walk.entries:
             packer.add(entry)
         return packer.finish()
@@ -94,11 +98,16 @@ class _Packer:
     """One archive being written. Keeps the folders on the way to the current entry open."""
 
     def __init__(
-        self, walk: Walk, write: Callable[[bytes], object], on_progress: Callable[[int, int], None] | None
+        self,
+        walk: Walk,
+        write: Callable[[bytes], object],
+        on_progress: Callable[[int, int], None] | None,
+        on_content: Callable[[str, bytes], object] | None,
     ) -> None:
         self._walk = walk
         self._write = write
         self._on_progress = on_progress
+        self._on_content = on_content
         self._waiting = bytearray()
         self._items: dict[str, Item] = {}
         self._files = self._content = self._archive = 0
@@ -167,6 +176,8 @@ class _Packer:
             sha.update(piece)
             left -= len(piece)
             self._content += len(piece)
+            if self._on_content is not None:
+                self._on_content(path, piece)
             self._put(piece)
         self._put(bytes(-size % _BLOCK))
         return sha.hexdigest()

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vmsandbox.errors import GuestError
+from vmsandbox.errors import GuestError, UserInputError
 from vmsandbox.guest.bulk import RECORD, TICK
 from vmsandbox.guest.pack import pack
 from vmsandbox.guest.walk import walk_project
@@ -25,6 +25,7 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import BULK_CHANNEL
 from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.folder import SessionInfo
+from vmsandbox.session.incoming import Incoming
 from vmsandbox.spec import PROJECTS
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
 
     Raises:
         UserInputError: something in the project cannot be read, or it is over a limit.
-        RefusedError: the policy denies the project itself.
+        RefusedError: the policy denies the project itself, or refuses what was found in it.
         GuestError: the guest did not take it.
     """
     target = guest_folder_for(project)
@@ -65,14 +66,25 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
         sandbox.monitor.progress(0, None, "looking through the project")
         walk = walk_project(project, policy, programs=programs)
         small = len(walk.entries) <= _SMALL_FILES and walk.total_bytes <= _SMALL_BYTES
+        incoming = Incoming(sandbox, walk, policy.push)
+        incoming.before()
         script = _UNPACK if small else f'{{ {_UNPACK} && echo unpacked; }} | "$2" --baseline "$1"'
         baseline = baseline_file(sandbox)
         baseline.unlink(missing_ok=True)
         untrusted_listing, manifest = send_archive(
             sandbox,
             ["sh", "-c", script, "sh", target, SENDER],
-            lambda write: pack(walk, write, lambda done, all_: sandbox.monitor.progress(done, all_, "bytes")).manifest,
+            lambda write: (
+                pack(
+                    walk, write, lambda done, all_: sandbox.monitor.progress(done, all_, "bytes"), incoming.on_content
+                ).manifest
+            ),
         )
+        try:
+            incoming.check_sent(manifest)
+        except UserInputError:
+            sandbox.shell().run(["rm", "-rf", "--", target])
+            raise
     record = sandbox.folder.record_folder(sandbox.info.id)
     (record / "pushed.jsonl").write_bytes(b"".join(manifest.lines()))
     if not small:
@@ -86,6 +98,7 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
     sandbox.journal.append(events.ProjectPushed(files, walk.total_bytes, len(withheld), manifest.digest, str(project)))
     info = replace(sandbox.info, guest_folder=target, project=str(project))
     sandbox.folder.update(info)
+    incoming.tell()
     if withheld:
         secret = [row.path for row in walk.withheld if row.reason.name in ("SECRET", "POLICY", "LINK")]
         ignored = len(withheld) - len(secret)
