@@ -133,6 +133,18 @@ class ReturnRefused(Event):
 
 
 @dataclass(frozen=True)
+class ReturnRulesKept(Event):
+    """What the policy lets come back, from now on (`sandbox.return`): later events of this kind only narrow it."""
+
+    kind: ClassVar[str] = "return.rules"
+    accept: str | None
+    denied_paths: list[str]
+    files: int | None
+    bytes: int | None
+    deletions: int | None
+
+
+@dataclass(frozen=True)
 class ChangesReviewed(Event):
     """What came back was classified. `digest` is of the returned tree's manifest: what an approval names."""
 

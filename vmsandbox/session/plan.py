@@ -20,10 +20,11 @@ from vmsandbox.image.manifest import Image
 from vmsandbox.image.store import ImageStore
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
+from vmsandbox.policy.return_rules import exceeds
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.seed import render_seed
-from vmsandbox.spec import Accelerator, GuestShape, History, NetworkMode
+from vmsandbox.spec import Accelerator, Accept, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
 # network.mode of a policy → what a guest gets, and what a command line may ask for. `restricted` says that a guest
@@ -51,6 +52,7 @@ class SessionRequest:
     project: folder on the host to copy in (None: an empty guest). name: None lets one be made up.
     network: None leaves it to the policy. learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
+    accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
     """
 
     project: Path | None = None
@@ -60,6 +62,7 @@ class SessionRequest:
     network: NetworkMode | None = None
     learn: bool = False
     history: History = History.NONE
+    accept: Accept | None = None
     backup: bool = True
     allow_emulation: bool = False
     keep: bool = False
@@ -75,6 +78,7 @@ class SessionRequest:
     def check(self) -> None:
         """Refuse what cannot work, before anything is made. Raises UserInputError, or RefusedError by the policy."""
         self._check_network()
+        self._check_accept()
         for what, value, least, most in (
             ("--memory", self.memory_mib, 256, 1 << 20),
             ("--vcpus", self.vcpus, 1, 64),
@@ -85,6 +89,16 @@ class SessionRequest:
         if self.project is not None and not self.project.is_dir():
             raise UserInputError(
                 f"not a folder: {self.project}", resolution="name the folder of the project to copy in"
+            )
+
+    def _check_accept(self) -> None:
+        cap = self.policy.returns.accept
+        if self.accept is not None and exceeds(self.accept, cap):
+            where = f" ({self.policy.source})" if self.policy.source else ""
+            raise RefusedError(
+                f"the policy lets at most {cap!r} be taken without a person, not {self.accept.value!r}",
+                details=f"sandbox.return.accept: {cap}{where}",
+                resolution=f"--accept {cap}, or leave it away to be asked in a terminal",
             )
 
     def _check_network(self) -> None:
