@@ -58,7 +58,7 @@ def _unreachable(policy: EgressPolicy, rules: Rules, classes: dict[str, str]) ->
         rule = same[0]
         host = classes.get(rule.pattern)
         ports = {port for one in same for port in one.ports}
-        if host is None or not any(rules.host(Destination(host, port)).allowed for port in ports):
+        if host is None or not any(_lets_through(rules, rule, one, port) for one in classes.values() for port in ports):
             refusal = "" if host is None else f": {rules.host(Destination(host, min(ports))).reason}"
             yield Finding(rule.source, f"allows nothing of {rule.pattern}{refusal}", True)
     seen: set[HostRule] = set()
@@ -67,6 +67,11 @@ def _unreachable(policy: EgressPolicy, rules: Rules, classes: dict[str, str]) ->
         if plain in seen:
             yield Finding(rule.source, f"allows {rule.pattern} a second time", False)
         seen.add(plain)
+
+
+def _lets_through(rules: Rules, rule: HostRule, host: str, port: int) -> bool:
+    decision = rules.host(Destination(host, port))
+    return decision.allowed and decision.matched is not None and decision.matched.pattern == rule.pattern
 
 
 def _idle_denies(network: NetworkPolicy, policy: EgressPolicy, classes: dict[str, str]) -> Iterator[Finding]:

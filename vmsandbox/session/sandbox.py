@@ -45,6 +45,7 @@ from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
 from vmsandbox.session.record import Record
+from vmsandbox.session.sizes import disk_free_of
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
 from vmsandbox.spec import WORKER, History, NetworkMode
@@ -230,7 +231,7 @@ class Sandbox:
 
         rules, runner = policy or Policy(), programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
-        self.info = push_project(self, project, rules, runner)
+        self.info = push_project(self, project, rules, runner, history.value)
         give_history(self, project, history.value, rules, runner)
 
     def changes(self) -> Changes:
@@ -326,15 +327,20 @@ class Sandbox:
             machine=prepared.machine,
             folder=self.folder.vm,
             run_folder=self.folder.run,
+            limits=prepared.limits,
         )
         self._network_to_come = NetworkToCome(asked, prepared, self.folder, self.info, programs, self.monitor)
         with self.monitor.step(f"starting guest {self.name}"):
             domain, control = start_fork(
-                host, request, programs, lambda plan, xml: self._inspect(host, prepared, plan, xml)
+                host, request, programs, lambda plan, xml: self._inspect(host, asked.policy, prepared, plan, xml)
             )
             network = self._network_to_come.result()
             keys, machine_id = give_identity(
-                control, self.name, IDENTITY_DEADLINE, network.identity if network else None
+                control,
+                self.name,
+                IDENTITY_DEADLINE,
+                network.identity if network else None,
+                disk_free_of(prepared.limits),
             )
             self.folder.save_keys(keys)
             if network is not None:
@@ -346,8 +352,10 @@ class Sandbox:
         self.folder.update(self.info)
         self.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
 
-    def _inspect(self, host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
-        self.isolation = inspect_guest(host, prepared, plan, live_xml, self.folder, self.journal, self.info.network)
+    def _inspect(self, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
+        self.isolation = inspect_guest(
+            host, prepared, plan, live_xml, self.folder, self.journal, self.info.network, policy
+        )
         self.info = replace(self.info, grade=self.isolation.grade.value)
         self.folder.update(self.info)
 
