@@ -44,6 +44,7 @@ from vmsandbox.session.identity import give_identity
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
+from vmsandbox.session.record import Record
 from vmsandbox.session.sizes import disk_free_of
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
@@ -106,9 +107,9 @@ class Sandbox:
         asked.check()
         where = layout or Layout.from_environment()
         listener = monitor or Monitor()
-        # 0.2 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
+        # 0.3 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
         # tear it out of compiled code, which aborts ("FATAL: exception not rethrown", status 134).
-        threading.Thread(target=_import_ssh).start()
+        threading.Thread(target=_get_ready, args=(asked.project is not None,)).start()
         runner = programs or Programs()
         if asked.project is not None:
             make_whole(asked.project, listener)  # before it is copied in half old, half new
@@ -229,6 +230,7 @@ class Sandbox:
         from vmsandbox.session.project import push_project
 
         rules, runner = policy or Policy(), programs or Programs()
+        Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
         self.info = push_project(self, project, rules, runner, history.value)
         give_history(self, project, history.value, rules, runner)
 
@@ -295,6 +297,7 @@ class Sandbox:
         opened = events.SessionOpened(info.id, name, uuid, info.project, __version__)
         try:
             sandbox.journal.append(opened)
+            Record(folder.record_folder(info.id)).keep_returns(asked.policy.returns)
         except BaseException as error:
             sandbox._failed(error)
             raise
@@ -364,5 +367,12 @@ class Sandbox:
         self.close("failed to start")
 
 
-def _import_ssh() -> None:
-    import vmsandbox.guest.ssh  # noqa: F401
+def _get_ready(to_push: bool) -> None:
+    import vmsandbox.guest.ssh
+
+    if to_push:
+        import vmsandbox.session.project  # noqa: F401
+        from vmsandbox.review.incoming import scan
+
+        list(scan("README.md", "é".encode()))  # its lists are read and compiled: 0.1 s
+        list(scan("a.py", "é".encode()))
