@@ -267,6 +267,38 @@ class GuestThawed(Event):
 
 
 @dataclass(frozen=True)
+class LimitReached(Event):
+    """A limit of the policy was met. time, idle (seconds): the session ends. output (bytes): the command was ended."""
+
+    kind: ClassVar[str] = "session.limit"
+    limit: str
+    value: float
+
+
+@dataclass(frozen=True)
+class HealthcheckFailed(Event):
+    """A run of the health check failed: `failures` in a row. status None: cut off. output: untrusted, its end.
+
+    Written until the guest counts as unhealthy; from then on only the change back is.
+    """
+
+    kind: ClassVar[str] = "health.failed"
+    failures: int
+    status: int | None
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
+class HealthChanged(Event):
+    """The guest is healthy or unhealthy from now on. failures: in a row, until now."""
+
+    kind: ClassVar[str] = "health.changed"
+    state: str
+    failures: int
+
+
+@dataclass(frozen=True)
 class SessionFailed(Event):
     """vmsandbox gave up on something; the session may go on or end."""
 

@@ -206,13 +206,14 @@ def _disk(devices: ET.Element, chain: tuple[DiskImage, ...], limits: GuestLimits
     disk = ET.SubElement(devices, "disk", {"type": "file", "device": "disk"})
     # unsafe: a throwaway disk needs no flushes; a template's is flushed once, when it is frozen.
     driver = {"name": "qemu", "type": top.format, "cache": "unsafe", "discard": "unmap"}
+    if limits.disk_bytes is not None:
+        driver["error_policy"] = "report"  # to the guest, which goes on with what it has; by default it would stop
+    ET.SubElement(disk, "driver", driver)
     source = _source(disk, top.path)
     if limits.disk_bytes is not None:
-        # QEMU sees no more of the file than this: a write beyond it is an error in the guest, and nothing on the host.
-        driver["error_policy"] = "report"
+        # QEMU sees no more of the file than this: what would be written beyond it is an error of the guest's disk.
         slices = ET.SubElement(source, "slices")
         ET.SubElement(slices, "slice", {"type": "storage", "offset": "0", "size": str(limits.disk_bytes)})
-    ET.SubElement(disk, "driver", driver)
     parent = disk
     for image in backing:
         parent = ET.SubElement(parent, "backingStore", {"type": "file"})
