@@ -39,6 +39,7 @@ from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
     from vmsandbox.policy.values import Policy
+    from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.sandbox import Sandbox
 
 
@@ -198,23 +199,30 @@ def _attached(name: str, command: list[str] | None) -> int:
 def run_in(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
     """Run a command, or a shell if there is none; a shell on a terminal gets a terminal."""
     began = time.monotonic()
-    if command is None and os.isatty(0) and os.isatty(1):
-        from vmsandbox.guest.terminal import run_terminal, terminal_size
+    with sandbox.asking(_person(sandbox.name)) as asking:
+        if command is None and os.isatty(0) and os.isatty(1):
+            from vmsandbox.guest.terminal import run_terminal, terminal_size
 
-        status = run_terminal(sandbox.start(None, terminal=terminal_size()))
-    else:
-        channel = sandbox.start(command)
-        status = _join(channel, stdout)
+            status = run_terminal(sandbox.start(None, terminal=terminal_size()), asking)
+        else:
+            status = _join(sandbox.start(command), stdout, asking)
     sandbox.ended(status, time.monotonic() - began)
     return status
 
 
-def _join(channel: Any, stdout: int) -> int:
+def _person(name: str) -> Person | None:
+    """Who is asked about commands, if somebody sits there."""
+    from vmsandbox.cli.asking import has_person, person
+
+    return person(name) if has_person() else None
+
+
+def _join(channel: Any, stdout: int, asking: Asking) -> int:
     from vmsandbox.guest.ssh import send_signal
     from vmsandbox.guest.streams import join_streams
 
     try:
-        return join_streams(channel, _stdin(), guest_output(stdout), guest_output(2))
+        return join_streams(channel, _stdin(), guest_output(stdout), guest_output(2), asking)
     except KeyboardInterrupt:
         send_signal(channel, "INT")
         raise

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from vmsandbox.errors import GuestError
+from vmsandbox.guest.streams import Attention
 
 # Leave bracketed paste, mouse reports, the alternate screen and hidden cursor; normal attributes. A program that
 # was cut off, or a hostile one, may have left them on.
@@ -31,10 +32,11 @@ def terminal_size() -> tuple[str, int, int]:
     return os.environ.get("TERM", "xterm-256color"), size.columns, size.lines
 
 
-def run_terminal(channel: Any) -> int:
+def run_terminal(channel: Any, attention: Attention | None = None) -> int:
     """Join the process's terminal with a channel that has a pseudo-terminal; returns the exit status.
 
-    Ctrl-C and every other key go to the guest. Raises GuestError if the connection broke.
+    Ctrl-C and every other key go to the guest, but for those that answer what wants `attention`. Raises GuestError if
+    the connection broke.
     """
     stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
     before = termios.tcgetattr(stdin)
@@ -47,7 +49,7 @@ def run_terminal(channel: Any) -> int:
     old_handler = signal.signal(signal.SIGWINCH, resized)
     try:
         tty.setraw(stdin)
-        _pump(channel, stdin, stdout)
+        _pump(channel, stdin, stdout, attention)
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
         signal.signal(signal.SIGWINCH, old_handler)
@@ -59,10 +61,13 @@ def run_terminal(channel: Any) -> int:
     return status
 
 
-def _pump(channel: Any, stdin: int, stdout: int) -> None:
+def _pump(channel: Any, stdin: int, stdout: int, attention: Attention | None) -> None:
     sources: list[Any] = [channel, stdin]
     while True:
-        ready, _, _ = select.select(sources, [], [], 0.5)
+        ready, _, _ = select.select([*sources, *(attention.sources() if attention else ())], [], [], 0.5)
+        if attention is not None and attention.attend():
+            _redraw(channel)
+            continue  # what was typed has been read, or dropped
         if channel in ready or channel.closed:
             data = channel.recv(_PIECE)
             if not data:
@@ -77,3 +82,11 @@ def _pump(channel: Any, stdin: int, stdout: int) -> None:
             else:
                 sources.remove(stdin)  # the terminal was closed
                 channel.shutdown_write()
+
+
+def _redraw(channel: Any) -> None:
+    """Make a program that fills the screen paint it again: it was drawn over."""
+    _term, columns, rows = terminal_size()
+    with suppress(OSError, EOFError):
+        channel.resize_pty(columns, max(rows - 1, 1))
+        channel.resize_pty(columns, rows)
