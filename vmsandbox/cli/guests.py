@@ -41,6 +41,7 @@ from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
     from vmsandbox.policy.values import Policy
+    from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.limits import Meter
     from vmsandbox.session.sandbox import Sandbox
 
@@ -212,22 +213,29 @@ def run_in(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
 
     began = time.monotonic()
     try:
-        with limited(sandbox) as meter:
+        with limited(sandbox) as meter, sandbox.asking(_person(sandbox.name)) as asking:
             if command is None and os.isatty(0) and os.isatty(1):
                 from vmsandbox.guest.terminal import run_terminal, terminal_size
 
                 channel = sandbox.start(None, terminal=terminal_size())
                 with _ending(channel):
-                    status = run_terminal(channel, meter.sink, meter.note)
+                    status = run_terminal(channel, meter.sink, meter.note, asking)
             else:
                 channel = sandbox.start(command)
                 with _ending(channel):
-                    status = _join(channel, meter, stdout)
+                    status = _join(channel, meter, stdout, asking)
     except LimitReachedError as limit:
         sandbox.ended(limit.exit_code, time.monotonic() - began)
         raise
     sandbox.ended(status, time.monotonic() - began)
     return status
+
+
+def _person(name: str) -> Person | None:
+    """Who is asked about commands, if somebody sits there."""
+    from vmsandbox.cli.asking import has_person, person
+
+    return person(name) if has_person() else None
 
 
 @contextmanager
@@ -246,11 +254,11 @@ def _ending(channel: Any) -> Iterator[None]:
         channel.close()
 
 
-def _join(channel: Any, meter: Meter, stdout: int) -> int:
+def _join(channel: Any, meter: Meter, stdout: int, asking: Asking) -> int:
     from vmsandbox.guest.streams import join_streams
 
     out, err = meter.sink(guest_output(stdout)), meter.sink(guest_output(2))
-    return join_streams(channel, _stdin(), out, err, fed=meter.note)
+    return join_streams(channel, _stdin(), out, err, fed=meter.note, attention=asking)
 
 
 def _stdin() -> int | None:

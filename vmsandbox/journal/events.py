@@ -107,6 +107,33 @@ class CommandEnded(Event):
 
 
 @dataclass(frozen=True)
+class CommandAsked(Event):
+    """The guest asked whether this may run. All but `answer` is untrusted.
+
+    answer: yes, no, always, withdrawn, or why it was no. by: person, or "" where nobody was asked.
+    """
+
+    kind: ClassVar[str] = "command.asked"
+    argv: list[str]
+    cwd: str
+    program: str
+    rule: str
+    answer: str
+    by: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CommandDenied(Event):
+    """The guest's supervisor refused a command, `times` since this was last written. Command and rule are untrusted."""
+
+    kind: ClassVar[str] = "command.denied"
+    command: str
+    rule: str
+    times: int
+
+
+@dataclass(frozen=True)
 class ReturnReceived(Event):
     """The guest's tree lies in quarantine. `manifest`: its digest. `files`, `bytes`: of what is not as it was pushed.
 

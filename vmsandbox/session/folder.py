@@ -8,7 +8,8 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/known_hosts     the host key that the guest was given
     live/<name>/memory.json     the inode of the sealed memory it maps, if it does
     live/<name>/qemu.pid        its QEMU process
-    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in
+    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in;
+                                port.ask: that answers what the guest asks
     live/<name>/baseline        what the guest listed right after the push (untrusted)
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
@@ -44,6 +45,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.guest.ask import AskPort
 from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout, checked_session_name
@@ -259,6 +261,21 @@ class SessionFolder:
                     f"something is being copied into session {self.name!r} already", resolution="try again afterwards"
                 ) from None
             port = BulkPort(self.run / "bulk")
+            try:
+                yield port
+            finally:
+                port.close()
+
+    @contextmanager
+    def ask_port(self) -> Iterator[AskPort | None]:
+        """The port on which the guest asks about commands; None if another process answers already, or none can."""
+        with os.fdopen(os.open(self.path / "port.ask", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                port = AskPort(self.run / "ask")
+            except (BlockingIOError, GuestError):
+                yield None
+                return
             try:
                 yield port
             finally:

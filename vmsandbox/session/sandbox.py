@@ -57,6 +57,7 @@ from vmsandbox.spec import WORKER, History, NetworkMode
 if TYPE_CHECKING:
     from vmsandbox.guest.ssh import GuestShell
     from vmsandbox.review.changes import Changes
+    from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.backup import Backup
     from vmsandbox.session.collect import Collected
     from vmsandbox.session.commits import ReturnedCommits
@@ -210,6 +211,12 @@ class Sandbox:
         if self._network is not None:
             self._network.check(shell)
         return channel
+
+    def asking(self, person: Person | None = None) -> Asking:
+        """A context in which the guest's questions about commands are answered (None: with no, and written down)."""
+        from vmsandbox.session.asking import Asking
+
+        return Asking(self.folder, self.journal, person)
 
     def ended(self, status: int, seconds: float) -> None:
         """Write down that a command started with `start` has ended."""
