@@ -95,7 +95,7 @@ def test_a_persons_own_file_holds_too_and_show_says_where_values_are_from(folder
         "sandbox: {network: {mode: proxy, allowed_hosts: [pypi.org]}, resources: {memory: 1G}}\n"
     )
     (folder / "c.yaml").write_text(
-        "sandbox:\n  resources:\n    memory: 2G\n  session: {environment: [LANG]}\n"
+        "sandbox:\n  resources:\n    memory: 2G\n  session: {environment: [EDITOR]}\n"
         "  network: {mode: proxy, allowed_hosts: [pypi.org, example.org]}\n"
     )
     shown = run(folder, "show", "c.yaml", home=short_home).stdout

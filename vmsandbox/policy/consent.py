@@ -8,7 +8,12 @@ person's to give, by naming the file (`--policy`).
 
 from __future__ import annotations
 
+import re
+
 from vmsandbox.policy.values import Policy
+
+# What says how text looks and what time it is: no secret of anybody's.
+_HARMLESS = re.compile(r"LANG|LANGUAGE|LC_[A-Z]+|TZ|TERM|COLORTERM|NO_COLOR|FORCE_COLOR|COLUMNS|LINES|CI")
 
 
 def reaches_into_host(policy: Policy, *, network: bool = True) -> list[str]:
@@ -17,9 +22,10 @@ def reaches_into_host(policy: Policy, *, network: bool = True) -> list[str]:
     Args:
         network: whether the guest has a network at all; without one that section asks for nothing.
     """
-    wanted = []
-    if policy.session.environment:
-        wanted.append(f"session.environment: the host's variables {', '.join(policy.session.environment)}")
+    names = enumerate(policy.session.environment)
+    wanted = [
+        f"session.environment[{number}]: the host's {name}" for number, name in names if not _HARMLESS.fullmatch(name)
+    ]
     return wanted + (_by_network(policy) if network else [])
 
 
