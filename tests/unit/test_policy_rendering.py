@@ -18,13 +18,10 @@ from vmsandbox.policy.values import KernelPolicy, Policy, SeccompProfile
 
 
 def readable(policy: Policy, folder: Path) -> Policy:
-    """The same with profiles that are there, and without what no file can say."""
+    """The same with profiles that are there."""
     profiles = tuple(SeccompProfile(folder / one.source.name, one.text) for one in policy.kernel.seccomp)
     for one in profiles:
         one.source.write_text(one.text)
-    reserved = policy.resources.memory_reserved
-    if reserved and policy.resources.memory and reserved > policy.resources.memory:
-        policy = replace(policy, resources=replace(policy.resources, memory_reserved=None))
     return replace(policy, kernel=replace(policy.kernel, seccomp=profiles), source=folder / "sandbox.yaml")
 
 
