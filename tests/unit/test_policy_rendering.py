@@ -67,7 +67,7 @@ def test_durations(seconds: float) -> None:
 
 
 def test_a_policy_of_every_key_names_every_key(tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text("{}")
+    (tmp_path / "p.json").write_text(PROFILE)
     file = tmp_path / "sandbox.yaml"
     file.write_text(EVERY_KEY)
     policy = load_policy(file)
@@ -78,6 +78,7 @@ def test_a_policy_of_every_key_names_every_key(tmp_path: Path) -> None:
     assert set(plain_policy(policy)) == set(yaml.safe_load(EVERY_KEY)["sandbox"])
 
 
+PROFILE = '{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}'
 EVERY_KEY = """\
 sandbox:
   image: python-dev

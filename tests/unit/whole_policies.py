@@ -29,6 +29,7 @@ PATHS = ("./", "./src", "./src/a", "./output", "./output/x", "~/", "~/.cache", "
 MOUNTS = ("/tmp", "/tmp/x", "/home/claude-worker/.cache", "/opt/work")
 COMMANDS = ("git", "git *", "git push *", "rm -rf /", "curl *", "python", "pip install *", "*")
 PACKAGES = ("six", "pypi:six", "s*", "*", "npm:left-pad", "pypi:s-_x", "s-*x", "npm:@a/*")
+PROFILE = '{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"action":"SCMP_ACT_ALLOW","names":["%s"]}]}'
 LIMITS = ("connections", "request_bytes", "bytes_per_second")  # in the order of the format
 # Keys that a file may have although they say what is the default.
 EXTRA = (
@@ -99,9 +100,9 @@ resources = st.builds(
     ResourcesPolicy,
     vcpus=maybe(1, 2, 4),
     memory=sizes(256 << 20),
-    memory_reserved=maybe(128 << 20, 256 << 20),
-    disk=sizes(64 << 20),
-    write_rate=sizes(64 << 10),
+    memory_reserved=maybe(256 << 20, 300 << 20),
+    disk=sizes(128 << 20),
+    write_rate=sizes(1 << 20),
     processes=maybe(16, 100),
     output=sizes(1024),
 )
@@ -128,8 +129,8 @@ policies = st.builds(
     commands=commands,
     kernel=st.builds(
         KernelPolicy,
-        seccomp=some(("one.json", "two.json"), 2).map(
-            lambda names: tuple(SeccompProfile(Path("/p") / name, f'{{"x":"{name}"}}') for name in names)
+        seccomp=some(("read", "write"), 2).map(
+            lambda names: tuple(SeccompProfile(Path(f"/p/{name}.json"), PROFILE % name) for name in names)
         ),
         capabilities=some(("chown", "kill", "setuid")),
         new_privileges=st.booleans(),

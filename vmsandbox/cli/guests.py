@@ -40,6 +40,7 @@ from vmsandbox.session.plan import SessionRequest
 from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
+    from vmsandbox.policy.effective import Effective
     from vmsandbox.policy.values import Policy
     from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.limits import Meter
@@ -114,7 +115,7 @@ def push(
     monitor = make_monitor()
     sandbox = Sandbox.attach(name, monitor=monitor)
     try:
-        sandbox.push(path.absolute(), _policy(path, policy, monitor), history=history)
+        sandbox.push(path.absolute(), _policy(path, policy, monitor).policy, history=history)
     finally:
         sandbox.disconnect()
     return 0
@@ -152,44 +153,39 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
-    if request.project is not None or policy is not None:
-        request = replace(request, policy=_policy(request.project or Path(), policy, monitor))
+    effective = _policy(request.project, policy, monitor)
+    request = replace(request, policy=effective.policy)
     network = request.policy.network
-    if policy is None:
-        _refuse_reach(request.policy, request.mode)
+    if effective.own is not None and policy is None:
+        _refuse_reach(effective.own.policy, request.mode is not NetworkMode.NONE)
     if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
         why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
         monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
     return Sandbox.open(request.project, request=request, monitor=monitor)
 
 
-def _policy(project: Path, chosen: Path | None, monitor: Monitor) -> Policy:
-    from vmsandbox.policy.load import find_policy, load_policy
-    from vmsandbox.policy.values import Policy, unenforced
+def _policy(project: Path | None, chosen: Path | None, monitor: Monitor) -> Effective:
+    from vmsandbox.policy.effective import effective_policy
+    from vmsandbox.policy.load import find_policy
+    from vmsandbox.policy.values import unenforced
 
-    path = chosen or (find_policy(project) if project.is_dir() else None)
-    if path is None:
-        return Policy()
-    policy = load_policy(path)
-    for text in unenforced(policy):
+    found = find_policy(project) if chosen is None and project is not None and project.is_dir() else None
+    effective = effective_policy(chosen or found)
+    for text in unenforced(effective.policy):
         monitor.notice(text)
-    return policy
+    return effective
 
 
-def _refuse_reach(policy: Policy, mode: NetworkMode) -> None:
+def _refuse_reach(policy: Policy, has_network: bool) -> None:
     """A policy that was found in the project gets nothing of this host; one that a person named does."""
     from vmsandbox.policy.consent import reaches_into_host
     from vmsandbox.review.text import shown
-    from vmsandbox.session.variables import taken_from_host
 
-    wanted = taken_from_host(policy)
-    if mode is not NetworkMode.NONE:
-        wanted += reaches_into_host(policy.network)
-    if wanted:
+    if wanted := reaches_into_host(policy, network=has_network):
         raise RefusedError(
             "the project's own policy asks for something of this host, and nobody has named it",
             details="\n".join(shown(line, 300) for line in wanted),
-            resolution=f"read it; then name it: --policy {policy.source} (--net none goes on without the network's)",
+            resolution=f"read it; then name it: --policy {policy.source}",
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmsandbox.errors import HostError
-from vmsandbox.paths import Layout
+from vmsandbox.paths import config_folder
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
@@ -49,7 +49,7 @@ def effective_policy(
         HostError: a file that holds cannot be looked for, or anybody could have written the organisation's.
     """
     if user is None:
-        user = Layout.from_environment().config / "policy.yaml"
+        user = config_folder() / "policy.yaml"
     widest = _exists(organisation)
     others = [one for one in (user if user != organisation and _exists(user) else None, path) if one is not None]
     if not widest and not others:

@@ -10,21 +10,14 @@ import difflib
 import math
 import posixpath
 import re
+import shlex
 from fractions import Fraction
 
 from vmsandbox.paths import IMAGE_NAME
+from vmsandbox.policy import capabilities
 from vmsandbox.policy.globs import is_glob
 from vmsandbox.spec import PROJECTS, WORKER_HOME
 
-# capabilities(7), without CAP_ and in lower case.
-CAPABILITIES = (
-    "audit_control", "audit_read", "audit_write", "block_suspend", "bpf", "checkpoint_restore", "chown",
-    "dac_override", "dac_read_search", "fowner", "fsetid", "ipc_lock", "ipc_owner", "kill", "lease",
-    "linux_immutable", "mac_admin", "mac_override", "mknod", "net_admin", "net_bind_service", "net_broadcast",
-    "net_raw", "perfmon", "setfcap", "setgid", "setpcap", "setuid", "sys_admin", "sys_boot", "sys_chroot",
-    "sys_module", "sys_nice", "sys_pacct", "sys_ptrace", "sys_rawio", "sys_resource", "sys_time",
-    "sys_tty_config", "syslog", "wake_alarm",
-)  # fmt: skip
 MAX_SIZE = 1 << 50
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE)
 _FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -136,12 +129,23 @@ def file_path(text: str) -> str:
 
 def capability(text: str) -> str:
     """A capability: lower case, without CAP_."""
-    found = text.lower().removeprefix("cap_")
-    if found not in CAPABILITIES:
-        if found == "all":
+    found = capabilities.capability(text)
+    if found is None:
+        if text.lower() in ("all", "cap_all"):
             raise ValueError("name the capabilities that are needed, not all")
-        raise ValueError(f"no capability is called {text[:40]!a}{_suggestion(found, CAPABILITIES)}")
+        raise ValueError(f"no capability is called {text[:40]!a}{_suggestion(text.lower())}")
     return found
+
+
+def command_pattern(text: str) -> str:
+    """A pattern of command lines. Kept as it was written."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"not a command line: {error}") from None
+    if not words or not words[0]:
+        raise ValueError("it names no program")
+    return text
 
 
 def variable(text: str) -> str:
@@ -196,8 +200,8 @@ def _refuse_glob(text: str) -> None:
         raise ValueError("a path, not a glob: * ? and [ are not possible here")
 
 
-def _suggestion(word: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def _suggestion(word: str) -> str:
+    close = difflib.get_close_matches(word, capabilities.CAPABILITIES, n=1)
     return f" (did you mean {close[0]!r}?)" if close else " (see capabilities(7))"
 
 
