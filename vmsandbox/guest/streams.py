@@ -20,13 +20,16 @@ _PIECE = 64 * 1024
 Sink = Callable[[bytes], None]
 
 
-def join_streams(channel: Any, stdin: int | None, stdout: Sink, stderr: Sink) -> int:
+def join_streams(
+    channel: Any, stdin: int | None, stdout: Sink, stderr: Sink, fed: Callable[[], None] | None = None
+) -> int:
     """Run the streams of a started command until it ends; returns its exit status.
 
     Args:
         channel: an SSH channel (`GuestShell.start`).
         stdin: a file descriptor to read from; None closes the command's stdin at once.
-        stdout, stderr: take what the command writes (untrusted bytes), in order.
+        stdout, stderr: take what the command writes (untrusted bytes), in order. What they raise ends it.
+        fed: called, from a thread of its own, whenever something was passed on to the command.
 
     Raises:
         GuestError: the connection broke before the command ended.
@@ -34,7 +37,7 @@ def join_streams(channel: Any, stdin: int | None, stdout: Sink, stderr: Sink) ->
     if stdin is None:
         channel.shutdown_write()
     else:
-        threading.Thread(target=_feed, args=(channel, stdin), daemon=True).start()
+        threading.Thread(target=_feed, args=(channel, stdin, fed), daemon=True).start()
     while True:
         idle = True
         while channel.recv_ready():
@@ -77,8 +80,10 @@ def write_all(fd: int) -> Sink:
     return write
 
 
-def _feed(channel: Any, stdin: int) -> None:
+def _feed(channel: Any, stdin: int, fed: Callable[[], None] | None) -> None:
     with suppress(OSError, EOFError):
         while data := os.read(stdin, _PIECE):
             channel.sendall(data)
+            if fed is not None:
+                fed()
         channel.shutdown_write()

@@ -13,6 +13,9 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
     live/<name>/keeper.log      what that process had to say
+    live/<name>/watcher.json    the process that ends it at its limits and runs its health check; watcher.log
+    live/<name>/activity        its time of change: when something was last done in the session, if it has an idle limit
+    live/<name>/health.json     what its health check last said
     live/<name>/frozen          why its processors were stopped, while they are
     run/<name>-<6 digits>/      sockets (the digits are the end of its id)
     run/<name>.net/             the broker's socket, where QEMU's user cannot look
@@ -53,6 +56,7 @@ class SessionInfo:
     owner_pid, owner_started   the process that must end it (0: kept; it lives until `stop`), and that process's
                                start time in clock ticks since boot, because process ids are used again
     guest_folder               where the project lies in the guest
+    output_bytes               of stdout and stderr of one command; None: no limit
     """
 
     id: str
@@ -73,6 +77,7 @@ class SessionInfo:
     grade: str | None = None
     ready: bool = False
     network: str = "none"
+    output_bytes: int | None = None
 
     @property
     def owner_is_alive(self) -> bool:

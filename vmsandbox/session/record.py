@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal, verified_records
 from vmsandbox.paths import Layout
+from vmsandbox.policy.return_rules import narrowed
+from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown
@@ -67,6 +70,27 @@ class Record:
             elif event["kind"] == "guest.isolation":
                 request = replace(request, allow_emulation=data["grade"] == Grade.EMULATED)
         return request
+
+    def returns(self) -> ReturnPolicy:
+        """What the session's policies let come back, as they were when it began and at each push.
+
+        Never read from the project's own file: what the guest made of that may have been accepted since.
+        """
+        rules = ReturnPolicy()
+        for event in self.events():
+            if event["kind"] == "return.rules":
+                data = event["data"]
+                rules = narrowed(rules, ReturnPolicy(**{**data, "denied_paths": tuple(data["denied_paths"])}))
+        return rules
+
+    def keep_returns(self, rules: ReturnPolicy) -> None:
+        """Hold the session to these rules too."""
+        if rules == ReturnPolicy():
+            return
+        known = self.returns()
+        if (both := narrowed(known, rules)) != known:
+            data = asdict(both)
+            self.journal.append(events.ReturnRulesKept(**{**data, "denied_paths": list(both.denied_paths)}))
 
     def pushed(self) -> Manifest:
         """What was copied in."""
