@@ -217,6 +217,13 @@ def test_what_has_no_counterpart_is_listed(tmp_path: Path, service: dict[str, An
     assert sandbox_of(found) == {} and key in left_of(found)
 
 
+def test_the_socket_of_a_container_engine_is_named_for_what_it_is(tmp_path: Path) -> None:
+    for source in ("/var/run/docker.sock", "./run/podman.sock"):
+        found = of_service(tmp_path, {"volumes": [f"{source}:/run/x.sock", ".:/app"]})
+        assert "root on the host" in left_of(found)["volumes[0]"]
+        assert sandbox_of(found) == {"filesystem": {"project": "writable"}}
+
+
 def test_no_secret_is_copied(tmp_path: Path) -> None:
     values = {
         "API_KEY": "abc",
