@@ -491,6 +491,7 @@ def test_a_touch_that_was_taken_back_counts(workflows: Path, tmp_path: Path) -> 
     guest = clone(workflows, tmp_path / "guest")
     commit(guest, {".github/w/ci.yml": "evil"})
     commit(guest, {".github/w/ci.yml": "old"})
+    commit(guest, {"a": "harmless"})
     assert left_out(tmp_path, guest, given, given.base, "main") == {"main": ".github"}
     git(guest, "checkout", "-q", "-b", "gone", given.base)
     git(guest, "rm", "-q", "-r", ".github")
