@@ -172,11 +172,12 @@ def test_the_cap_holds_without_a_person(ended: Ended, cap: str | None, words: li
         assert read_tree(ended.project) != before
 
 
-def test_asking_for_more_is_refused_even_where_it_would_be_the_same(tmp_path: Path) -> None:
-    plain = Ended(tmp_path, new={**OLD, "plain": File(b"1\n")})
-    held(plain, accept="safe")
-    plain("accept", "--all", status=126)
-    plain("accept", "--safe")
+def test_asking_for_more_is_refused_even_where_it_would_be_the_same() -> None:
+    with tempfile.TemporaryDirectory(prefix="vms-") as home:
+        plain = Ended(Path(home), new={**OLD, "plain": File(b"1\n")})
+        held(plain, accept="safe")
+        plain("accept", "--all", status=126)
+        plain("accept", "--safe")
 
 
 def test_a_person_may_take_more(ended: Ended) -> None:
