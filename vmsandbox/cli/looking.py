@@ -30,7 +30,7 @@ def list_(json: JsonOption = False) -> int:
     if json:
         print_json(rows)
     elif rows:
-        columns = ("name", "state", "grade", "network", "image", "created", "project")
+        columns = ("name", "state", "health", "grade", "network", "image", "created", "project")
         print_table(
             [column.upper() for column in columns], [[row[column] or "-" for column in columns] for row in rows]
         )
@@ -43,12 +43,13 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     from vmsandbox.session.freezing import is_frozen
     from vmsandbox.session.gc import guest_is_alive
     from vmsandbox.session.keeper import keeper_is_alive
+    from vmsandbox.session.watching import health_of
 
     try:
         info = folder.info()
     except VmsandboxError as error:
-        return {"name": folder.name, "state": "damaged", "grade": None, "network": None, "image": None, "created": None,
-                "project": None, "id": None, "problem": error.brief}  # fmt: skip
+        return {"name": folder.name, "state": "damaged", "health": None, "grade": None, "network": None, "image": None,
+                "created": None, "project": None, "id": None, "problem": error.brief}  # fmt: skip
     alive = guest_is_alive(folder, info)
     if info.owner_pid > 0 and not info.owner_is_alive:
         state = "orphan"
@@ -62,6 +63,7 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     return {
         "name": folder.name,
         "state": state,
+        "health": health_of(folder) if alive else None,
         "grade": info.grade,
         "network": network,
         "image": info.image,

@@ -107,6 +107,33 @@ class CommandEnded(Event):
 
 
 @dataclass(frozen=True)
+class CommandAsked(Event):
+    """The guest asked whether this may run. All but `answer` is untrusted.
+
+    answer: yes, no, always, withdrawn, or why it was no. by: person, or "" where nobody was asked.
+    """
+
+    kind: ClassVar[str] = "command.asked"
+    argv: list[str]
+    cwd: str
+    program: str
+    rule: str
+    answer: str
+    by: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CommandDenied(Event):
+    """The guest's supervisor refused a command, `times` since this was last written. Command and rule are untrusted."""
+
+    kind: ClassVar[str] = "command.denied"
+    command: str
+    rule: str
+    times: int
+
+
+@dataclass(frozen=True)
 class ReturnReceived(Event):
     """The guest's tree lies in quarantine. `manifest`: its digest. `files`, `bytes`: of what is not as it was pushed.
 
@@ -264,6 +291,38 @@ class GuestThawed(Event):
     """A person let a frozen guest go on."""
 
     kind: ClassVar[str] = "guest.thawed"
+
+
+@dataclass(frozen=True)
+class LimitReached(Event):
+    """A limit of the policy was met. time, idle (seconds): the session ends. output (bytes): the command was ended."""
+
+    kind: ClassVar[str] = "session.limit"
+    limit: str
+    value: float
+
+
+@dataclass(frozen=True)
+class HealthcheckFailed(Event):
+    """A run of the health check failed: `failures` in a row. status None: cut off. output: untrusted, its end.
+
+    Written until the guest counts as unhealthy; from then on only the change back is.
+    """
+
+    kind: ClassVar[str] = "health.failed"
+    failures: int
+    status: int | None
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
+class HealthChanged(Event):
+    """The guest is healthy or unhealthy from now on. failures: in a row, until now."""
+
+    kind: ClassVar[str] = "health.changed"
+    state: str
+    failures: int
 
 
 @dataclass(frozen=True)

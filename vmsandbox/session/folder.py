@@ -8,11 +8,15 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/known_hosts     the host key that the guest was given
     live/<name>/memory.json     the inode of the sealed memory it maps, if it does
     live/<name>/qemu.pid        its QEMU process
-    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in
+    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in;
+                                port.ask: that answers what the guest asks
     live/<name>/baseline        what the guest listed right after the push (untrusted)
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
     live/<name>/keeper.log      what that process had to say
+    live/<name>/watcher.json    the process that ends it at its limits and runs its health check; watcher.log
+    live/<name>/activity        its time of change: when something was last done in the session, if it has an idle limit
+    live/<name>/health.json     what its health check last said
     live/<name>/frozen          why its processors were stopped, while they are
     run/<name>-<6 digits>/      sockets (the digits are the end of its id)
     run/<name>.net/             the broker's socket, where QEMU's user cannot look
@@ -41,6 +45,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.guest.ask import AskPort
 from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout, checked_session_name
@@ -53,6 +58,7 @@ class SessionInfo:
     owner_pid, owner_started   the process that must end it (0: kept; it lives until `stop`), and that process's
                                start time in clock ticks since boot, because process ids are used again
     guest_folder               where the project lies in the guest
+    output_bytes               of stdout and stderr of one command; None: no limit
     """
 
     id: str
@@ -73,6 +79,7 @@ class SessionInfo:
     grade: str | None = None
     ready: bool = False
     network: str = "none"
+    output_bytes: int | None = None
 
     @property
     def owner_is_alive(self) -> bool:
@@ -254,6 +261,21 @@ class SessionFolder:
                     f"something is being copied into session {self.name!r} already", resolution="try again afterwards"
                 ) from None
             port = BulkPort(self.run / "bulk")
+            try:
+                yield port
+            finally:
+                port.close()
+
+    @contextmanager
+    def ask_port(self) -> Iterator[AskPort | None]:
+        """The port on which the guest asks about commands; None if another process answers already, or none can."""
+        with os.fdopen(os.open(self.path / "port.ask", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                port = AskPort(self.run / "ask")
+            except (BlockingIOError, GuestError):
+                yield None
+                return
             try:
                 yield port
             finally:

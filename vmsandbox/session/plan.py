@@ -26,6 +26,7 @@ from vmsandbox.process import Programs
 from vmsandbox.render.confinement import confinement_of
 from vmsandbox.render.seed import render_seed
 from vmsandbox.session.sizes import Sizes, sizes_of
+from vmsandbox.session.watching import needs_watcher
 from vmsandbox.spec import NO_LIMITS, Accelerator, Accept, GuestLimits, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
@@ -116,6 +117,11 @@ class SessionRequest:
             )
         if self.learn and asked is NetworkMode.NONE:
             raise UserInputError("--learn needs a network", resolution="add --net proxy")
+        if needs_watcher(self.policy.session) and self.ssh_ports < 2:
+            raise UserInputError(
+                "one SSH port is not enough for a session that has a time limit or a health check",
+                resolution="its watcher needs one: --ssh-ports 2",
+            )
         if asked is not NetworkMode.NONE and self.keep and self.ssh_ports < 2:
             raise UserInputError(
                 "one SSH port is not enough for a guest with a network",

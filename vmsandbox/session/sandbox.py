@@ -40,19 +40,24 @@ from vmsandbox.session.folder import (
     new_session_id,
     process_started,
 )
+from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.identity import give_identity
 from vmsandbox.session.inspection import inspect_guest
+from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
 from vmsandbox.session.record import Record
 from vmsandbox.session.sizes import disk_free_of
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
+from vmsandbox.session.variables import guest_variables
+from vmsandbox.session.watching import needs_watcher, start_watcher
 from vmsandbox.spec import WORKER, History, NetworkMode
 
 if TYPE_CHECKING:
     from vmsandbox.guest.ssh import GuestShell
     from vmsandbox.review.changes import Changes
+    from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.backup import Backup
     from vmsandbox.session.collect import Collected
     from vmsandbox.session.commits import ReturnedCommits
@@ -126,6 +131,8 @@ class Sandbox:
                     backup.result()
                 if sandbox._network is not None:
                     sandbox._network.wait_for_keeper()
+                if needs_watcher(asked.policy.session):
+                    start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner)
             except BaseException as error:
                 sandbox._failed(error)
                 raise
@@ -181,6 +188,7 @@ class Sandbox:
 
     def shell(self) -> GuestShell:
         """The SSH connection of this object, made on first use."""
+        note_activity(self.folder)
         if self._shell is None or not self._shell.is_open:
             from vmsandbox.guest.ssh import GuestShell
 
@@ -204,17 +212,30 @@ class Sandbox:
             self._network.check(shell)
         return channel
 
+    def asking(self, person: Person | None = None) -> Asking:
+        """A context in which the guest's questions about commands are answered (None: with no, and written down)."""
+        from vmsandbox.session.asking import Asking
+
+        return Asking(self.folder, self.journal, person)
+
     def ended(self, status: int, seconds: float) -> None:
         """Write down that a command started with `start` has ended."""
         self.journal.append(events.CommandEnded(status, round(seconds, 3)))
 
     def run(self, command: Sequence[str], *, stdin: int | None = None) -> int:
-        """Run a command with this process's stdout and stderr; returns its exit status."""
+        """Run a command with this process's stdout and stderr; returns its exit status.
+
+        Raises:
+            LimitReachedError: it wrote more than it may, or the session's time was up.
+        """
         from vmsandbox.guest.streams import join_streams, write_all
 
         began = time.monotonic()
-        channel = self.start(command)
-        status = join_streams(channel, stdin, write_all(1), write_all(2))
+        with limited(self) as meter:
+            channel = self.start(command)
+            with ended_at_limit(channel):
+                out, err = meter.sink(write_all(1)), meter.sink(write_all(2))
+                status = join_streams(channel, stdin, out, err, fed=meter.note)
         self.ended(status, time.monotonic() - began)
         return status
 
@@ -291,6 +312,7 @@ class Sandbox:
             vcpus=prepared.shape.vcpus,
             project=str(asked.project) if asked.project else None,
             network=asked.mode.value,
+            output_bytes=asked.policy.resources.output,
         )
         folder.claim(info)
         sandbox = cls(layout, folder, info, monitor)
@@ -329,6 +351,8 @@ class Sandbox:
             run_folder=self.folder.run,
             limits=prepared.limits,
         )
+        variables = guest_variables(asked.policy, os.environ)
+        environment = guest_environment(variables) if variables else None
         self._network_to_come = NetworkToCome(asked, prepared, self.folder, self.info, programs, self.monitor)
         with self.monitor.step(f"starting guest {self.name}"):
             domain, control = start_fork(
@@ -339,7 +363,7 @@ class Sandbox:
                 control,
                 self.name,
                 IDENTITY_DEADLINE,
-                network.identity if network else None,
+                network.identity if network else environment,
                 disk_free_of(prepared.limits),
             )
             self.folder.save_keys(keys)
