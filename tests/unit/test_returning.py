@@ -143,6 +143,18 @@ def test_rules_are_the_records_and_only_narrow(ended: Ended) -> None:
     assert kinds.count("return.rules") == 2
 
 
+def test_no_rule_is_cut_and_none_is_believed_that_was_changed(ended: Ended) -> None:
+    """The journal cuts lists and long texts, so it has only the digest."""
+    patterns = (*(f"folder-{number}/" for number in range(100)), "long" * 500)
+    held(ended, denied_paths=patterns)
+    assert ended.record.returns().denied_paths == patterns
+    (path,) = ended.record.folder.glob("returns-*.json")
+    path.write_bytes(path.read_bytes().replace(b"folder-99", b"folder-98"))
+    ended("accept", "--all", status=125)
+    path.unlink()
+    ended("accept", "--all", status=125)
+
+
 def test_what_the_project_says_now_counts_for_nothing(ended: Ended) -> None:
     """The guest returned a policy that allows more, and it was accepted."""
     held(ended, accept="none", denied_paths=("src/",))
