@@ -224,7 +224,8 @@ def test_a_command_shows_no_key_and_drives_no_terminal() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"{", b"\xff\xfe\0\0", b"[" * 100_000, b'{"a":' * 50_000, b"{}" + b"x" * MOST_SETTINGS, b'"' + b'\\"' * 100_000,
+        b"{", b"\xff\xfe\0\0", b"[" * 100_000, b'{"a":' * 50_000, b"{}" + b"x" * 1000,
+        b'{"a": "' + b"x" * MOST_SETTINGS + b'"}', b'"' + b'\\"' * 100_000,
         b"1" * 100_000, b"/*" * 60_000, b"," * 200_000, b'{"hooks": {"a": [' + b"{}," * 60_000 + b"{}]}}",
     ],
 )  # fmt: skip

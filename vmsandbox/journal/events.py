@@ -75,7 +75,7 @@ class ProjectPushed(Event):
 
 @dataclass(frozen=True)
 class PushScanned(Event):
-    """What was found in what was to be copied in: counts by kind, the first 50 findings (kind, path, line, what).
+    """What was found in what was to be copied in: counts by kind, the first 30 findings (kind, path, line, what).
 
     files: that were looked at. partly: of them, those of which only the beginning was. refused: nothing was sent.
     """
@@ -161,14 +161,12 @@ class ReturnRefused(Event):
 
 @dataclass(frozen=True)
 class ReturnRulesKept(Event):
-    """What the policy lets come back, from now on (`sandbox.return`): later events of this kind only narrow it."""
+    """What the policy lets come back, from now on (`sandbox.return`). `digest`: of the rules in the record."""
 
     kind: ClassVar[str] = "return.rules"
     accept: str | None
-    denied_paths: list[str]
-    files: int | None
-    bytes: int | None
-    deletions: int | None
+    denied_paths: int
+    digest: str
 
 
 @dataclass(frozen=True)
