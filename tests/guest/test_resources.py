@@ -68,7 +68,8 @@ def test_the_environment_is_what_is_named(bounded: Guest) -> None:
     assert {"TEST_PASSES=yes", "LANG=en_GB.UTF-8", "OWN=a \"b\" $c 'd' é"} <= set(lines)
     names = {line.split("=")[0] for line in lines}
     assert "TEST_SECRET" not in names
-    assert names <= {"TEST_PASSES", "LANG", "LC_ALL", "OWN", "HOME", "USER", "LOGNAME", "SHELL", "PATH", "PWD", "SHLVL", "_",
+    assert names <= {"TEST_PASSES", "LANG", "LC_ALL", "OWN", "HOME",
+                     "USER", "LOGNAME", "SHELL", "PATH", "PWD", "SHLVL", "_",
                      "MAIL", "SSH_CLIENT", "SSH_CONNECTION", "OLDPWD"}  # fmt: skip
     assert bounded.sh("bash -lc 'echo $TEST_PASSES'") == "yes"
 
