@@ -224,3 +224,8 @@ def test_the_script_runs_in_a_shell_and_is_understood(tmp_path: Path) -> None:
 def test_what_is_not_whole_is_no_answer(untrusted: bytes) -> None:
     with pytest.raises(GuestError):
         parse_facts(untrusted)
+
+
+def test_what_stays_of_etc_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs/confinement.md").read_text().partition("ETC_NEEDED -->")[2]
+    assert tuple(re.findall(r"`([^`]+)`", text)) == ETC_NEEDED

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.values import Policy, Tmpfs
+from vmsandbox.policy.values import CommandsPolicy, Policy, Tmpfs
 from vmsandbox.render.guest_paths import (
     ETC,
     ETC_NEEDED,
@@ -41,6 +41,22 @@ TASKS_KEPT = 64
 USER_NAMESPACES = {"kernel.unprivileged_userns_clone": "1", "user.max_user_namespaces": "1024"}
 
 
+def asks_of_guest(policy: Policy) -> bool:
+    """Whether a guest under this policy needs a template of its own. Cheap: it compiles nothing.
+
+    Raises:
+        UserInputError: see `confinement_of`.
+    """
+    return bool(
+        _unit_lines(policy, guest_paths(policy.filesystem))
+        or policy.filesystem.tmpfs
+        or policy.kernel.seccomp
+        or policy.kernel.user_namespaces
+        or policy.session.post_create
+        or policy.commands != CommandsPolicy()
+    )
+
+
 def confinement_of(policy: Policy) -> dict[str, Any] | None:
     """The message of operation `policy`; None where the policy asks nothing of the guest beyond the default.
 
@@ -48,31 +64,17 @@ def confinement_of(policy: Policy) -> dict[str, Any] | None:
         UserInputError: the policy cannot be had in a guest (a needed path denied, a filter that is too long).
         HostError: the host has no libseccomp.
     """
-    paths = guest_paths(policy.filesystem)
-    unit = _unit_lines(policy, paths)
-    filters = [[f"{FILTERS}/{n:02}.bpf", 0o644, _deflated(code), "deflate"] for n, code in enumerate(_filters(policy))]
-    commands = _command_files(policy)
-    environment = "" if paths.tmp_is_writable else _temporary(paths)
-    post_create = [list(policy.session.post_create)] if policy.session.post_create else []
-    sysctls = USER_NAMESPACES if policy.kernel.user_namespaces else {}
-    if not (unit or filters or commands or post_create or sysctls or policy.filesystem.tmpfs):
+    if not asks_of_guest(policy):
         return None
-    files: list[list[Any]] = [*filters, *commands]
-    if unit:
-        files.append([UNIT, 0o644, "\n".join(["[Service]", "Type=exec", *unit, ""])])
-    if policy.resources.processes is not None:
-        files.append([SLICE, 0o644, f"[Slice]\nTasksMax={policy.resources.processes + TASKS_KEPT}\n"])
-    if ETC in paths.hidden:
-        files += [[f"{ETC}/{name}", 0o644, ""] for name in ETC_WRITTEN]
-    if environment:
-        files.append([ENVIRONMENT, 0o644, f"export TMPDIR={environment}\n"])
+    paths = guest_paths(policy.filesystem)
+    filters = [[f"{FILTERS}/{n:02}.bpf", 0o644, _deflated(code), "deflate"] for n, code in enumerate(_filters(policy))]
     message = {
-        "files": files,
+        "files": [*filters, *_command_files(policy), *_settings(policy, paths)],
         "folders": _folders(policy, paths),
         "mounts": [_memory(one) for one in policy.filesystem.tmpfs],
-        "sysctls": sysctls,
-        "shell": SHELL if filters or environment else None,
-        "worker": post_create,
+        "sysctls": USER_NAMESPACES if policy.kernel.user_namespaces else {},
+        "shell": SHELL if filters or not paths.tmp_is_writable else None,
+        "worker": [list(policy.session.post_create)] if policy.session.post_create else [],
         "restart": True,
     }
     if (size := len(json.dumps(message))) > MESSAGE_LIMIT:
@@ -82,6 +84,20 @@ def confinement_of(policy: Policy) -> dict[str, Any] | None:
             resolution="use a shorter seccomp profile, or fewer command rules",
         )
     return message
+
+
+def _settings(policy: Policy, paths: GuestPaths) -> list[list[Any]]:
+    """Files for systemd, for what a session writes later, and for the worker's shell."""
+    files = []
+    if unit := _unit_lines(policy, paths):
+        files.append([UNIT, 0o644, "\n".join(["[Service]", "Type=exec", *unit, ""])])
+    if policy.resources.processes is not None:
+        files.append([SLICE, 0o644, f"[Slice]\nTasksMax={policy.resources.processes + TASKS_KEPT}\n"])
+    if ETC in paths.hidden:
+        files += [[f"{ETC}/{name}", 0o644, ""] for name in ETC_WRITTEN]
+    if not paths.tmp_is_writable:
+        files.append([ENVIRONMENT, 0o644, f"export TMPDIR={_temporary(paths)}\n"])
+    return files
 
 
 def _unit_lines(policy: Policy, paths: GuestPaths) -> list[str]:

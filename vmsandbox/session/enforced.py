@@ -19,7 +19,7 @@ from vmsandbox.errors import GuestError, RefusedError
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
-from vmsandbox.render.confinement import confinement_of
+from vmsandbox.render.confinement import asks_of_guest
 from vmsandbox.render.guest_paths import guest_paths
 from vmsandbox.render.readback import (
     Expected,
@@ -75,7 +75,7 @@ def enforced(sandbox: Sandbox, policy: Policy, project: Path | None, folder: str
 
 def asks(policy: Policy) -> bool:
     """Whether a guest differs under this policy from one under none."""
-    return confinement_of(policy) is not None or guest_paths(policy.filesystem).guards_project
+    return asks_of_guest(policy) or guest_paths(policy.filesystem).guards_project
 
 
 def guard_request(policy: Policy, folder: str | None, denied: tuple[str, ...]) -> dict[str, Any]:
