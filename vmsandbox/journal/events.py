@@ -89,6 +89,19 @@ class PushScanned(Event):
 
 
 @dataclass(frozen=True)
+class PolicyEnforced(Event):
+    """What is in force in the guest is what its policy says, read from a process of the worker's before any command.
+
+    facts: SHA-256 of what was read, canonical JSON; checks: how many single things were compared.
+    """
+
+    kind: ClassVar[str] = "policy.enforced"
+    facts: str
+    checks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CommandStarted(Event):
     """The host asked the guest to run a command (None: a login shell)."""
 

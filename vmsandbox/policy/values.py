@@ -250,10 +250,6 @@ class Policy:
 def unenforced(policy: Policy) -> list[str]:
     """What this version reads from the policy but does not act on, one plain sentence each, for a notice."""
     said = []
-    if policy.filesystem.allowed_paths:
-        said.append(
-            "filesystem.allowed_paths is not enforced yet: the whole project is copied in, except what is denied"
-        )
     for name, commands in (
         ("allowed", policy.commands.allowed),
         ("denied", policy.commands.denied),

@@ -124,7 +124,7 @@ def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], R
     """
     shell = sandbox.shell()
     with sandbox.folder.bulk_port() as port:
-        channel = shell.start(command)
+        channel = shell.start(command, plumbing=True)
         try:
             channel.shutdown_write()
             ended = channel.status_event.is_set
