@@ -18,6 +18,7 @@ MOST_LINE = 4096
 MOST_KINDS = 64
 REPORT_EVERY = 1.0  # seconds
 TICK = 0.5
+NO_HOLDS = 5.0  # seconds, for the same process and the same arguments
 
 
 class Asking:
@@ -30,7 +31,7 @@ class Asking:
         self._waiting = []  # [(call, judged)], the first of which the person sees
         self._until = 0.0
         self._number = 0
-        self._always = set()
+        self._always, self._noes = set(), {}
         self._denied, self._reported = {}, 0.0
 
     def patience(self):
@@ -48,6 +49,8 @@ class Asking:
 
     def ask(self, call, judged):
         """Let it wait for a person. Returns why not, or None."""
+        if self._noes.get(_by_whom(call, judged), 0) > time.monotonic():
+            return "no"  # a shell goes through PATH, where /bin is /usr/bin: the same again
         if judged.cut or len(json.dumps(judged.argv)) > MOST_QUESTION:
             return "too long to be shown"
         if len(self._waiting) >= MOST_WAITING:
@@ -83,6 +86,10 @@ class Asking:
                 question = self._waiting.pop(0)
                 if word == "always":
                     self._always.add(_exactly(question[1]))
+                elif word != "yes":
+                    now = time.monotonic()
+                    self._noes = {key: until for key, until in self._noes.items() if until > now}
+                    self._noes[_by_whom(*question)] = now + NO_HOLDS
                 found.append((question, None if word in ("yes", "always") else word))
                 while self._waiting and not self._send_first():
                     found.append((self._waiting.pop(0), "nobody is there to be asked any more"))
@@ -166,7 +173,11 @@ class Asking:
 
 
 def _exactly(judged):
-    return (judged.path, tuple(judged.argv), judged.real, judged.folder, judged.identity)
+    return (tuple(judged.argv), judged.real, judged.folder, judged.identity)
+
+
+def _by_whom(call, judged):
+    return (call.pid, _exactly(judged))
 
 
 def shown_line(argv, limit):
