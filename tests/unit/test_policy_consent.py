@@ -33,3 +33,13 @@ def test_public_hosts_do_not(tmp_path: Path) -> None:
     file = tmp_path / "sandbox.yaml"
     file.write_text(f"sandbox: {{network: {{{HARMLESS}}}}}")
     assert reaches_into_host(load_policy(file)) == []
+
+
+def test_variables_of_the_host_are_a_persons_to_give(tmp_path: Path) -> None:
+    file = tmp_path / "sandbox.yaml"
+    file.write_text("sandbox: {session: {environment: [LANG, AWS_SECRET_ACCESS_KEY], variables: {A: b}}}")
+    policy = load_policy(file)
+    (one,) = reaches_into_host(policy, network=False)
+    assert "session.environment" in one and "AWS_SECRET_ACCESS_KEY" in one
+    file.write_text("sandbox: {network: {secrets: [{name: K, from: {env: HOME}, hosts: [a.org]}]}}")
+    assert reaches_into_host(load_policy(file), network=False) == []  # no network: nothing is fetched

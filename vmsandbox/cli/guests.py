@@ -185,7 +185,7 @@ def _refuse_reach(policy: Policy, has_network: bool) -> None:
         raise RefusedError(
             "the project's own policy asks for something of this host, and nobody has named it",
             details="\n".join(shown(line, 300) for line in wanted),
-            resolution=f"read it; then name it: --policy {policy.source}",
+            resolution=f"read it; then name it: --policy {policy.source} (--net none goes on without the network's)",
         )
 
 

@@ -22,14 +22,11 @@ def reaches_into_host(policy: Policy, *, network: bool = True) -> list[str]:
     Args:
         network: whether the guest has a network at all; without one that section asks for nothing.
     """
-    wanted = taken_from_environment(policy)
-    return wanted + (_by_network(policy) if network else [])
-
-
-def taken_from_environment(policy: Policy) -> list[str]:
-    """The variables of this host that a policy asks for, one line each, but those that are no secret of anybody's."""
     names = enumerate(policy.session.environment)
-    return [f"session.environment[{number}]: {name}" for number, name in names if not _HARMLESS.fullmatch(name)]
+    wanted = [
+        f"session.environment[{number}]: the host's {name}" for number, name in names if not _HARMLESS.fullmatch(name)
+    ]
+    return wanted + (_by_network(policy) if network else [])
 
 
 def _by_network(policy: Policy) -> list[str]:

@@ -19,6 +19,7 @@ from vmsandbox.errors import RefusedError
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.merge_network import merge_network
 from vmsandbox.policy.places import common, inside, inside_any
+from vmsandbox.policy.return_rules import narrowed
 from vmsandbox.policy.values import (
     CommandsPolicy,
     FilesystemPolicy,
@@ -26,14 +27,12 @@ from vmsandbox.policy.values import (
     Policy,
     PushPolicy,
     ResourcesPolicy,
-    ReturnPolicy,
     SessionPolicy,
     Tmpfs,
 )
 
 T = TypeVar("T")
 _GRADES = ("emulated", "separated", "isolated")
-_ACCEPTED = ("none", "safe", "all")
 _COMMANDS = ("commands.allowed", "commands.denied", "commands.require_confirmation")
 
 
@@ -69,7 +68,7 @@ def merge_two(outer: Layer, inner: Layer) -> Layer:
                 for one in fields(PushPolicy)
             }
         ),
-        returns=_returns(ours.returns, theirs.returns),
+        returns=narrowed(ours.returns, theirs.returns),
         source=theirs.source,
         outer=tuple(
             dict.fromkeys(one for one in (*ours.outer, ours.source, *theirs.outer) if one and one != theirs.source)
@@ -223,14 +222,4 @@ def _session(outer: Layer, inner: Layer) -> SessionPolicy:
         post_create=ours.post_create or theirs.post_create,
         healthcheck=ours.healthcheck or theirs.healthcheck,
         schedule=ours.schedule or theirs.schedule,
-    )
-
-
-def _returns(ours: ReturnPolicy, theirs: ReturnPolicy) -> ReturnPolicy:
-    return ReturnPolicy(
-        accept=_strictest(_ACCEPTED, ours.accept, theirs.accept),
-        denied_paths=union(ours.denied_paths, theirs.denied_paths),
-        files=least(ours.files, theirs.files),
-        bytes=least(ours.bytes, theirs.bytes),
-        deletions=least(ours.deletions, theirs.deletions),
     )

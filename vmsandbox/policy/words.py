@@ -14,10 +14,18 @@ import shlex
 from fractions import Fraction
 
 from vmsandbox.paths import IMAGE_NAME
-from vmsandbox.policy import capabilities
 from vmsandbox.policy.globs import is_glob
 from vmsandbox.spec import PROJECTS, WORKER_HOME
 
+# capabilities(7), without CAP_ and in lower case.
+CAPABILITIES = (
+    "audit_control", "audit_read", "audit_write", "block_suspend", "bpf", "checkpoint_restore", "chown",
+    "dac_override", "dac_read_search", "fowner", "fsetid", "ipc_lock", "ipc_owner", "kill", "lease",
+    "linux_immutable", "mac_admin", "mac_override", "mknod", "net_admin", "net_bind_service", "net_broadcast",
+    "net_raw", "perfmon", "setfcap", "setgid", "setpcap", "setuid", "sys_admin", "sys_boot", "sys_chroot",
+    "sys_module", "sys_nice", "sys_pacct", "sys_ptrace", "sys_rawio", "sys_resource", "sys_time",
+    "sys_tty_config", "syslog", "wake_alarm",
+)  # fmt: skip
 MAX_SIZE = 1 << 50
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE)
 _FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -129,11 +137,11 @@ def file_path(text: str) -> str:
 
 def capability(text: str) -> str:
     """A capability: lower case, without CAP_."""
-    found = capabilities.capability(text)
-    if found is None:
-        if text.lower() in ("all", "cap_all"):
+    found = text.lower().removeprefix("cap_")
+    if found not in CAPABILITIES:
+        if found == "all":
             raise ValueError("name the capabilities that are needed, not all")
-        raise ValueError(f"no capability is called {text[:40]!a}{_suggestion(text.lower())}")
+        raise ValueError(f"no capability is called {text[:40]!a}{_suggestion(found)}")
     return found
 
 
@@ -201,7 +209,7 @@ def _refuse_glob(text: str) -> None:
 
 
 def _suggestion(word: str) -> str:
-    close = difflib.get_close_matches(word, capabilities.CAPABILITIES, n=1)
+    close = difflib.get_close_matches(word, CAPABILITIES, n=1)
     return f" (did you mean {close[0]!r}?)" if close else " (see capabilities(7))"
 
 
