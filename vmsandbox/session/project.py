@@ -89,7 +89,7 @@ def push_project(
             try:
                 incoming.check_sent(manifest)
             except UserInputError:
-                sandbox.shell().run(["rm", "-rf", "--", target])
+                _remove(sandbox, target)
                 raise
             if snapshot is not None:
                 snapshot.given(record)
@@ -111,6 +111,16 @@ def push_project(
         ignored = len(withheld) - len(secret)
         sandbox.monitor.notice(_withheld_text(secret, ignored, sandbox.name))
     return info
+
+
+def _remove(sandbox: Sandbox, target: str) -> None:
+    from vmsandbox.guest.ssh import exit_status
+
+    channel = sandbox.shell().start(["rm", "-rf", "--", target], plumbing=True)
+    try:
+        exit_status(channel, 60)
+    finally:
+        channel.close()
 
 
 def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], Result]) -> tuple[bytes, Result]:
