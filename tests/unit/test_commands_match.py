@@ -160,6 +160,17 @@ def test_what_was_not_read_to_its_end_is_not_let_through() -> None:
     assert cut("git add", {"allowed": ["git add *"]}) == DENY
 
 
+def test_a_line_that_could_mean_very_much_takes_no_time() -> None:
+    import time
+
+    began = time.monotonic()
+    for word in ("sh", "python", "busybox", "--x", "/usr/bin/python3"):
+        judge(["python3", *["--x", word] * 250])
+        judge(["busybox", *[word] * 500])
+        judge(["rm", *["-x", word] * 250], {"denied": ["rm * a * b * c * d * e"]})
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize("text", ["", "  ", "''", "git 'x", "a\0b"])
 def test_a_pattern_that_is_none_says_why(text: str) -> None:
     assert commands.pattern_problem(text)
