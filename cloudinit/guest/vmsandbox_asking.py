@@ -124,7 +124,7 @@ class Asking:
     def _report(self):
         self._reported = time.monotonic()
         rows = [[line, why, times] for (line, why), times in self._denied.items()]
-        if self._send({"denied": rows[:16]}):
+        if self._send({"denied": rows[:16]}, 0):
             for line, why, _times in rows[:16]:
                 del self._denied[line, why]
 
@@ -139,15 +139,15 @@ class Asking:
         poll.register(self._fd, select.POLLIN)
         return not any(events & (select.POLLHUP | select.POLLERR) for _fd, events in poll.poll(0))
 
-    def _send(self, message):
+    def _send(self, message, patience=1.0):
         """One line, after an empty one: what a connection before may have left half said ends there."""
         rest = b"\n" + json.dumps(message).encode() + b"\n"
-        until = time.monotonic() + 1
+        until = time.monotonic() + patience
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest) :]
             except OSError as error:
-                if error.errno != errno.EAGAIN or time.monotonic() > until or not self._attached():
+                if error.errno != errno.EAGAIN or time.monotonic() >= until or not self._attached():
                     return False
                 time.sleep(0.01)
         return True

@@ -25,6 +25,7 @@ _SAME_INTERPRETER = {
     "bash": "sh", "dash": "sh", "zsh": "sh", "ksh": "sh", "rbash": "sh", "nodejs": "node", "pypy": "python",
     "ld-linux-x86-64.so": "ld.so", "ld-linux.so": "ld.so", "ld-x86-64.so": "ld.so", "ld-musl-x86_64.so": "ld.so",
 }  # fmt: skip
+_MOST_CANDIDATES = 3  # each of which may be an interpreter with candidates of its own
 _MULTI_CALL = ("busybox", "toybox")
 _SCRIPTS = {"npm-cli.js": "npm", "npx-cli.js": "npx", "yarn.js": "yarn", "pnpm.cjs": "pnpm"}
 
@@ -87,9 +88,8 @@ def equivalents(command, depth=0):
             inner.append(({zero}, command.args))
         elif command.args:
             inner.append(({os.path.basename(command.args[0])}, command.args[1:]))
-    for name in names:
-        if kind := INTERPRETERS.get(_SAME_INTERPRETER.get(name, name)):
-            inner += _interpreted(command, kind)
+    for kind in {_SAME_INTERPRETER.get(name, name) for name in names} & INTERPRETERS.keys():
+        inner += _interpreted(command, INTERPRETERS[kind])
     for program, args in inner:
         if not isinstance(program, Program):
             program = Program(program)
@@ -102,7 +102,7 @@ def _interpreted(command, kind):
     """What of its arguments an interpreter runs: [(names or Program, arguments of it)]."""
     args, position, doubtful = command.args, 0, False
     found = []
-    while position < len(args):
+    while position < len(args) and len(found) < _MOST_CANDIDATES:
         word = args[position]
         position += 1
         if not is_option(word) and not (word[:1] == "+" and len(word) > 1):

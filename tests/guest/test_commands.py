@@ -192,7 +192,7 @@ def test_a_person_is_asked_on_the_terminal(ruled: RootedGuest) -> None:
             page = shown.string[: shown.end()].decode()
             assert "\x1b[?1049h" in page and "pip" in page and "/home/claude-worker" in page
             if words == (hostile,):
-                assert r"a;b \x1b[31m'\n" + MARK + " y" in page.replace("\r\n", "")
+                assert r"a;b \x1b[31m'\x0a" + MARK + " y" in page.replace("\r\n", "")
             if answer is not None:
                 terminal.type(answer + "\r")
             return terminal.status(60), terminal.output.decode()

@@ -1,4 +1,4 @@
-"""The supervisor and the launcher of a guest, for real on this kernel: root starts them, an unprivileged user is judged."""
+"""A guest's supervisor and launcher, for real on this kernel: root starts them, an unprivileged user is judged."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ def test_an_allow_list_lets_nothing_else_run(allowing: Commanded) -> None:
     assert refused(allowing.sh("/usr/bin/od.x; exec ls"))
     assert refused(allowing.sh("cp /usr/bin/od true; exec ./true")), "a copy of another one"
     assert allowing.sh("cp /usr/bin/true yes; exec ./yes").returncode == 0, "a copy of an allowed one"
-    assert refused(allowing.sh("cp /usr/bin/od true; echo >> true; exec ./true")), "a changed copy under an allowed name"
+    assert refused(allowing.sh("cp /usr/bin/od true; echo >> true; exec ./true")), (
+        "a changed copy under an allowed name"
+    )
     assert refused(allowing.sh("printf '#!/usr/bin/od\\n' > s; chmod +x s; exec ./s"))
     assert allowing.sh("printf '#!/usr/bin/env python3\\nprint(8)' > s; chmod +x s; exec ./s").stdout == "8\n"
     done = allowing.run("/usr/bin/python3", "-c", "import subprocess; subprocess.run(['od', 'x'])")

@@ -53,11 +53,13 @@ def judge(argv: list[str], *layers: dict[str, list[str]], cwd: str | None = "/ho
     [
         (ALLOW, "python x.py"), (ALLOW, "python3 -c pass"), (ALLOW, "python3.13"), (ALLOW, "git commit -m x"),
         (DENY, "ls"), (DENY, "sh -c true"), (DENY, "bash"), (DENY, "env git status"), (DENY, "pythonx"),
-        (DENY, "pip list"),        (DENY, "curl"), (DENY, "curl https://example.org"), (DENY, "wget -q x"),
+        (DENY, "pip list"), (DENY, "curl"), (DENY, "curl https://example.org"), (DENY, "wget -q x"),
         (ASK, "pip install x"), (ASK, "pip3 install"), (ASK, "python -m pip install x"),
-        (ASK, "python3 -Im pip install x"),        (ASK, "python3 -mpip install x"), (ASK, "python3 -X dev -W ignore -m pip -q --proxy http://x install y"),
+        (ASK, "python3 -Im pip install x"),
+        (ASK, "python3 -mpip install x"), (ASK, "python3 -X dev -W ignore -m pip -q --proxy http://x install y"),
         (ASK, "python3 /usr/bin/pip install x"), (ASK, "pip --isolated install x"),
-        (ASK, "pip --cache-dir d install x"),        (ASK, "npm install"), (ASK, "npm i left-pad"), (ASK, "docker"), (ASK, "docker run x"),
+        (ASK, "pip --cache-dir d install x"),
+        (ASK, "npm install"), (ASK, "npm i left-pad"), (ASK, "docker"), (ASK, "docker run x"),
         (ALLOW, "python3 -m pip list"), (ALLOW, "python3 -m pytest install"), (ALLOW, "python3 x.py pip install"),
         (DENY, "ld-linux-x86-64.so.2 /usr/bin/curl x"), (DENY, "busybox wget x"),
     ],
@@ -158,6 +160,17 @@ def test_what_was_not_read_to_its_end_is_not_let_through() -> None:
     assert cut("git add", {"allowed": ["git add *"]}) == DENY
 
 
+def test_a_line_that_could_mean_very_much_takes_no_time() -> None:
+    import time
+
+    began = time.monotonic()
+    for word in ("sh", "python", "busybox", "--x", "/usr/bin/python3"):
+        judge(["python3", *["--x", word] * 250])
+        judge(["busybox", *[word] * 500])
+        judge(["rm", *["-x", word] * 250], {"denied": ["rm * a * b * c * d * e"]})
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize("text", ["", "  ", "''", "git 'x", "a\0b"])
 def test_a_pattern_that_is_none_says_why(text: str) -> None:
     assert commands.pattern_problem(text)
@@ -203,7 +216,10 @@ def test_denied_is_never_narrower_than_allowed(args: list[str]) -> None:
         assert judge(["git", *args], {"denied": [line]}) == DENY
 
 
-@given(st.lists(HOSTILE, max_size=5), st.lists(st.sampled_from([one for patterns in SAMPLE.values() for one in patterns]), max_size=4))
+@given(
+    st.lists(HOSTILE, max_size=5),
+    st.lists(st.sampled_from([one for patterns in SAMPLE.values() for one in patterns]), max_size=4),
+)
 def test_one_more_layer_never_allows_more(args: list[str], patterns: list[str]) -> None:
     for name in ("git", "pip", "ls", "rm"):
         for kind in SAMPLE:
