@@ -71,6 +71,19 @@ def test_a_policy_that_asks_nothing_static_needs_no_template(policy: Policy) -> 
     assert confinement_of(policy) is None
 
 
+def test_a_folder_on_the_way_to_a_hidden_one_is_pinned_only_where_it_may_be_written() -> None:
+    """`BindPaths` makes a writable mount, also within what is read-only."""
+
+    def pins(*allowed: str) -> list[str]:
+        message = confinement_of(Policy(filesystem=FilesystemPolicy(allowed, ("~/.config/vault",))))
+        assert message is not None
+        (unit,) = (text for path, _mode, text in message["files"] if path == confinement.UNIT)
+        return re.findall(r"^BindPaths=-(.*)$", unit, re.M)
+
+    assert pins() == pins("~/") == ["/home/claude-worker/.config"]
+    assert pins("/tmp/x") == []
+
+
 def test_a_project_is_guarded_as_the_policy_says() -> None:
     def request(**filesystem: object) -> object:
         policy = Policy(filesystem=FilesystemPolicy(**filesystem))  # type: ignore[arg-type]

@@ -126,8 +126,12 @@ def _unit_lines(policy: Policy, paths: GuestPaths) -> list[str]:
 
 
 def _pins(paths: GuestPaths) -> set[str]:
-    """Folders of the worker's on the way to a hidden one: mounted on themselves, or it could rename them away."""
-    return {pin for path in paths.hidden for pin in parents_below(path, _workers_own(paths))}
+    """Folders of the worker's on the way to a hidden one: mounted on themselves, or it could rename them away.
+
+    Only where it may write: such a mount can be written, and what is read-only is not renamed.
+    """
+    own = _workers_own(paths) if paths.writable is None else paths.writable
+    return {pin for path in paths.hidden for pin in parents_below(path, own)}
 
 
 def _workers_own(paths: GuestPaths) -> tuple[str, ...]:
