@@ -18,6 +18,7 @@ MOST_LINE = 4096
 MOST_KINDS = 64
 REPORT_EVERY = 1.0  # seconds
 TICK = 0.5
+NO_HOLDS = 5.0  # seconds, for the same process and the same arguments
 
 
 class Asking:
@@ -30,7 +31,7 @@ class Asking:
         self._waiting = []  # [(call, judged)], the first of which the person sees
         self._until = 0.0
         self._number = 0
-        self._always = set()
+        self._always, self._noes = set(), {}
         self._denied, self._reported = {}, 0.0
 
     def patience(self):
@@ -48,6 +49,8 @@ class Asking:
 
     def ask(self, call, judged):
         """Let it wait for a person. Returns why not, or None."""
+        if self._noes.get(_by_whom(call, judged), 0) > time.monotonic():
+            return "no"  # a shell goes through PATH, where /bin is /usr/bin: the same again
         if judged.cut or len(json.dumps(judged.argv)) > MOST_QUESTION:
             return "too long to be shown"
         if len(self._waiting) >= MOST_WAITING:
@@ -83,6 +86,10 @@ class Asking:
                 question = self._waiting.pop(0)
                 if word == "always":
                     self._always.add(_exactly(question[1]))
+                elif word != "yes":
+                    now = time.monotonic()
+                    self._noes = {key: until for key, until in self._noes.items() if until > now}
+                    self._noes[_by_whom(*question)] = now + NO_HOLDS
                 found.append((question, None if word in ("yes", "always") else word))
                 while self._waiting and not self._send_first():
                     found.append((self._waiting.pop(0), "nobody is there to be asked any more"))
@@ -117,7 +124,7 @@ class Asking:
     def _report(self):
         self._reported = time.monotonic()
         rows = [[line, why, times] for (line, why), times in self._denied.items()]
-        if self._send({"denied": rows[:16]}):
+        if self._send({"denied": rows[:16]}, 0):
             for line, why, _times in rows[:16]:
                 del self._denied[line, why]
 
@@ -132,15 +139,15 @@ class Asking:
         poll.register(self._fd, select.POLLIN)
         return not any(events & (select.POLLHUP | select.POLLERR) for _fd, events in poll.poll(0))
 
-    def _send(self, message):
+    def _send(self, message, patience=1.0):
         """One line, after an empty one: what a connection before may have left half said ends there."""
         rest = b"\n" + json.dumps(message).encode() + b"\n"
-        until = time.monotonic() + 1
+        until = time.monotonic() + patience
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest) :]
             except OSError as error:
-                if error.errno != errno.EAGAIN or time.monotonic() > until or not self._attached():
+                if error.errno != errno.EAGAIN or time.monotonic() >= until or not self._attached():
                     return False
                 time.sleep(0.01)
         return True
@@ -166,7 +173,11 @@ class Asking:
 
 
 def _exactly(judged):
-    return (judged.path, tuple(judged.argv), judged.real, judged.folder, judged.identity)
+    return (tuple(judged.argv), judged.real, judged.folder, judged.identity)
+
+
+def _by_whom(call, judged):
+    return (call.pid, _exactly(judged))
 
 
 def shown_line(argv, limit):

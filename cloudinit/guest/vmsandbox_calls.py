@@ -212,7 +212,7 @@ def _may_be_written(fd, owner):
 
 def _write_now(fd, text):
     """Another writer may have filled the pipe, or ^S stopped the terminal: the alarm ends a write that waits."""
-    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
     try:
         _LIBC.write(fd, text, len(text))  # not os.write, which would go on waiting after a signal
     finally:

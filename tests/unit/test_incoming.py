@@ -7,15 +7,22 @@ import time
 from pathlib import Path
 
 import pytest
+from git_repositories import layout_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.guest.pack import pack
 from vmsandbox.guest.walk import walk_project
-from vmsandbox.policy.values import Policy
+from vmsandbox.monitor import Monitor
+from vmsandbox.policy.values import Policy, PushPolicy
 from vmsandbox.review import incoming
 from vmsandbox.review.agent_files import MOST as MOST_SETTINGS
 from vmsandbox.review.incoming import INSTRUCTIONS, SECRETS, SETTINGS, Found, IncomingScan, scan
+from vmsandbox.review.manifest import Manifest
+from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.incoming import Incoming, findings_of
+from vmsandbox.session.sandbox import Sandbox
 
 TOKEN = "ghp_" + "Zk3vQ9xT7bLmN2pR8sWc4yHd6fJg1aKe5uXo"
 AWS = "AKIA" + "QJ7M3XNBPLW5DZTR"
@@ -224,7 +231,8 @@ def test_a_command_shows_no_key_and_drives_no_terminal() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"{", b"\xff\xfe\0\0", b"[" * 100_000, b'{"a":' * 50_000, b"{}" + b"x" * MOST_SETTINGS, b'"' + b'\\"' * 100_000,
+        b"{", b"\xff\xfe\0\0", b"[" * 100_000, b'{"a":' * 50_000, b"{}" + b"x" * 1000,
+        b'{"a": "' + b"x" * MOST_SETTINGS + b'"}', b'"' + b'\\"' * 100_000,
         b"1" * 100_000, b"/*" * 60_000, b"," * 200_000, b'{"hooks": {"a": [' + b"{}," * 60_000 + b"{}]}}",
     ],
 )  # fmt: skip
@@ -337,3 +345,86 @@ def test_all_are_counted_and_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
         seen(f"{number}", TOKEN.encode())
     scanned = seen.finish()
     assert (len(scanned.findings), scanned.counts[SECRETS]) == (3, 10)
+
+
+# -- what the policy does about it ---------------------------------------------------------------------------
+
+
+class Said(Monitor):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.notices: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    (root / ".claude").mkdir(parents=True)
+    (root / "a.py").write_text(f"x = '{TOKEN}'\n")
+    (root / "CLAUDE.md").write_text("a\u200bb\n")
+    (root / ".claude/settings.json").write_text('{"apiKeyHelper": "./run\\u001b[2J"}')
+    (root / "evil\x1b]0;name\x07").write_text(TOKEN)
+    return root
+
+
+def a_push(tmp_path: Path, project: Path, **policy: str) -> tuple[Incoming, Sandbox, Said]:
+    """The look at a push into a session that has no guest: its record and journal are real."""
+    layout = layout_in(tmp_path / "home")
+    info = SessionInfo("20260101-000000-s-abcdef", "s", "u", "d", "", 0, 0, "i", "", "t", 1, 1, 1)
+    said = Said()
+    sandbox = Sandbox(layout, SessionFolder(layout, "s"), info, said)
+    assert sandbox.journal
+    return Incoming(sandbox, walk_project(project, Policy()), PushPolicy(**policy)), sandbox, said
+
+
+def sent(look: Incoming, project: Path) -> Manifest:
+    return pack(walk_project(project, Policy()), lambda _archive: None, on_content=look.on_content).manifest
+
+
+def test_by_default_it_is_told_and_written_down(tmp_path: Path, project: Path) -> None:
+    look, sandbox, said = a_push(tmp_path, project)
+    look.before()
+    look.check_sent(sent(look, project))
+    look.tell()
+    (warning,) = said.warnings
+    assert "a.py:1: GitHub token" in warning and "CLAUDE.md:1: U+200B" in warning and "run: ./run" in warning
+    assert all(line.isprintable() for line in warning.split("\n"))
+    (event,) = sandbox.journal.read()
+    assert event["data"]["counts"] == {"secrets": 2, "instructions": 1, "agent_configuration": 1}
+    record = layout_in(tmp_path / "home").records / sandbox.info.id
+    assert len(findings_of(record)) == 4 and TOKEN[8:] not in (record / "findings.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["secrets", "instructions", "agent_configuration"])
+def test_what_is_refused_is_refused_before_anything_is_sent(tmp_path: Path, project: Path, kind: str) -> None:
+    look, sandbox, said = a_push(tmp_path, project, **{kind: "refuse"})
+    with pytest.raises(RefusedError) as refused:
+        look.before()
+    assert f"push.{kind}" in refused.value.resolution and refused.value.exit_code == 126
+    assert all(line.isprintable() for line in refused.value.details.split("\n"))
+    (event,) = sandbox.journal.read()
+    assert event["data"]["refused"] and not said.warnings
+
+
+def test_a_project_without_it_passes_and_the_rest_is_told(tmp_path: Path, project: Path) -> None:
+    (project / "CLAUDE.md").write_text("plain\n")
+    look, _, said = a_push(tmp_path, project, instructions="refuse")
+    look.before()
+    look.check_sent(sent(look, project))
+    look.tell()
+    assert "may be secrets" in said.warnings[0]
+
+
+def test_what_is_sent_is_what_was_looked_at(tmp_path: Path, project: Path) -> None:
+    (project / "CLAUDE.md").write_text("plain\n")
+    look, _, _ = a_push(tmp_path, project, instructions="refuse")
+    look.before()
+    (project / "CLAUDE.md").write_text("a\u200bb\n")
+    with pytest.raises(UserInputError, match=r"CLAUDE\.md"):
+        look.check_sent(sent(look, project))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmsandbox.cli.importing import import_files
 from vmsandbox.cli.options import JsonOption
 from vmsandbox.cli.output import print_json
 from vmsandbox.errors import UserInputError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vmsandbox.policy.lint import Finding
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command("import")(import_files)
 FileArgument = Annotated[
     Path | None,
     typer.Argument(metavar="[FILE]", help="The policy.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml here"),

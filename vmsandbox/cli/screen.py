@@ -131,7 +131,7 @@ class Screen:
         if self._on_page is None or self._skipping:
             return
         self._on_page += 1
-        if self._on_page >= max(self._size().lines - 1, 5):
+        if self._on_page >= max((self._size().lines or 24) - 1, 5):  # 0: a terminal that does not know
             self._on_page = 0
             self._skipping = self.ask("(Enter: show more, s: skip the rest of this)").lower().startswith("s")
 

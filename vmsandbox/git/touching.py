@@ -16,8 +16,8 @@ from typing import NamedTuple
 from vmsandbox.git.objects import TREE, parse_tree
 from vmsandbox.process import Finished
 
-_MOST_PLACES = 200_000  # folders that differ
-_MOST_ENTRIES = 5_000_000
+_MOST_PLACES = 100_000  # folders that differ
+_MOST_ENTRIES = 500_000  # five seconds
 _AT_ONCE = 500  # trees
 _MAX_PATH = 4096
 

@@ -75,7 +75,7 @@ class ProjectPushed(Event):
 
 @dataclass(frozen=True)
 class PushScanned(Event):
-    """What was found in what was to be copied in: counts by kind, the first 50 findings (kind, path, line, what).
+    """What was found in what was to be copied in: counts by kind, the first 30 findings (kind, path, line, what).
 
     files: that were looked at. partly: of them, those of which only the beginning was. refused: nothing was sent.
     """
@@ -86,6 +86,19 @@ class PushScanned(Event):
     counts: dict[str, int]
     findings: list[dict[str, object]]
     refused: bool
+
+
+@dataclass(frozen=True)
+class PolicyEnforced(Event):
+    """What is in force in the guest is what its policy says, read from a process of the worker's before any command.
+
+    facts: SHA-256 of what was read, canonical JSON; checks: how many single things were compared.
+    """
+
+    kind: ClassVar[str] = "policy.enforced"
+    facts: str
+    checks: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -161,14 +174,12 @@ class ReturnRefused(Event):
 
 @dataclass(frozen=True)
 class ReturnRulesKept(Event):
-    """What the policy lets come back, from now on (`sandbox.return`): later events of this kind only narrow it."""
+    """What the policy lets come back, from now on (`sandbox.return`). `digest`: of the rules in the record."""
 
     kind: ClassVar[str] = "return.rules"
     accept: str | None
-    denied_paths: list[str]
-    files: int | None
-    bytes: int | None
-    deletions: int | None
+    denied_paths: int
+    digest: str
 
 
 @dataclass(frozen=True)

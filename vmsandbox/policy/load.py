@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.layer import Layer, SignedBy, said_keys
+from vmsandbox.policy.packaged import packaged_policy
 from vmsandbox.policy.strictyaml import MAX_BYTES, StrictYaml
 from vmsandbox.policy.values import Policy, SeccompProfile
 
@@ -61,6 +62,7 @@ def load_layer(path: Path, *, organisation: bool = False) -> Layer:
     Args:
         organisation: whether it is the organisation's file, which alone may demand signatures.
     """
+    path = packaged_policy(path)
     content = read_bounded(path, "the policy")
     from vmsandbox.policy.from_model import policy_of
     from vmsandbox.policy.model import PolicyFile

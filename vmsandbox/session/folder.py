@@ -24,6 +24,8 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
     records/<id>/pushed.jsonl   manifest of what was copied in
     records/<id>/withheld.json  what stayed on the host, and why
+    records/<id>/findings.json  what was found in what was copied in, or was not because of it
+    records/<id>/returns-*.json what its policies let come back (the journal says which is in force)
     records/<id>/base.jsonl     the same, with what was accepted since
     records/<id>/quarantine/    what came back (vmsandbox.receive.store)
     records/<id>/accepted.jsonl what was accepted, and by whom

@@ -36,8 +36,11 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def locale_of(chosen: Mapping[str, str]) -> dict[str, str]:
-    """The locale's variables beside the ones that were chosen. Of several SetEnv lines sshd takes the first alone."""
-    if any(name == "LANG" or name.startswith("LC_") for name in chosen):
+    """The locale's variables beside the ones that were chosen. Of several SetEnv lines sshd takes the first alone.
+
+    LC_ALL stays where only LANG passes: a guest need not have the host's locale, and would warn of it in every shell.
+    """
+    if any(name.startswith("LC_") for name in chosen):
         return {"LANG": "C.UTF-8"}  # LC_ALL would outweigh what was chosen
     return {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
 

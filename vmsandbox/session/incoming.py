@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FINDINGS = "findings.json"
 _TOLD = 8  # findings in a notice
-_IN_JOURNAL = 50
+_IN_JOURNAL = 30  # the journal cuts longer lists
 _WORDS = {
     "secrets": "may be secrets",
     "instructions": "hidden in what an agent reads",

@@ -133,13 +133,13 @@ class SessionRequest:
 class Prepared:
     """All that a fork is made of. broker: its Python environment, if the guest has a network."""
 
-    limits: GuestLimits = field(default=NO_LIMITS, kw_only=True)
     kvm: KvmProof
     shape: GuestShape
     image: ImageFiles
     machine: Machine
     template: Template
     broker: Path | None = None
+    limits: GuestLimits = NO_LIMITS
 
 
 def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Programs, monitor: Monitor) -> Prepared:
@@ -168,7 +168,7 @@ def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Progr
     machine = Machine.of(host, shape)
     template = find_template(host, files, shape, machine, layout, programs, monitor, request.policy)
     broker = _broker_environment(request, layout, programs, monitor)
-    return Prepared(kvm, shape, files, machine, template, broker, limits=sizes.limits)
+    return Prepared(kvm, shape, files, machine, template, broker, sizes.limits)
 
 
 def _broker_environment(request: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor) -> Path | None:

@@ -89,7 +89,7 @@ def push_project(
             try:
                 incoming.check_sent(manifest)
             except UserInputError:
-                sandbox.shell().run(["rm", "-rf", "--", target])
+                _remove(sandbox, target)
                 raise
             if snapshot is not None:
                 snapshot.given(record)
@@ -113,6 +113,16 @@ def push_project(
     return info
 
 
+def _remove(sandbox: Sandbox, target: str) -> None:
+    from vmsandbox.guest.ssh import exit_status
+
+    channel = sandbox.shell().start(["rm", "-rf", "--", target], plumbing=True)
+    try:
+        exit_status(channel, 60)
+    finally:
+        channel.close()
+
+
 def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], Result]) -> tuple[bytes, Result]:
     """Run a command that reads an archive from the bulk port (`UNTAR`), and fill that archive.
 
@@ -124,7 +134,7 @@ def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], R
     """
     shell = sandbox.shell()
     with sandbox.folder.bulk_port() as port:
-        channel = shell.start(command)
+        channel = shell.start(command, plumbing=True)
         try:
             channel.shutdown_write()
             ended = channel.status_event.is_set

@@ -34,6 +34,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import (
     SessionFolder,
     SessionInfo,
@@ -80,6 +81,7 @@ class Sandbox:
         self._port = ExitStack()
         self._network: GuestNetwork | None = None
         self._network_to_come: NetworkToCome | None = None
+        self.project_is_open = False  # whether the policy's guard over the project is down (`session.enforced`)
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -125,8 +127,12 @@ class Sandbox:
             try:
                 backup = sandbox._back_up(asked, runner)
                 sandbox._start(host, asked, prepared, runner)
+                sandbox.project_is_open = True  # as its template was frozen
                 if asked.project is not None:
                     sandbox.push(asked.project, asked.policy, runner, asked.history)
+                else:
+                    with enforced(sandbox, asked.policy, None, None):
+                        pass
                 if backup is not None:
                     backup.result()
                 if sandbox._network is not None:
@@ -248,12 +254,13 @@ class Sandbox:
     ) -> None:
         """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`)."""
         from vmsandbox.session.history import give_history
-        from vmsandbox.session.project import push_project
+        from vmsandbox.session.project import guest_folder_for, push_project
 
         rules, runner = policy or Policy(), programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
-        self.info = push_project(self, project, rules, runner, history.value)
-        give_history(self, project, history.value, rules, runner)
+        with enforced(self, rules, project, guest_folder_for(project)):
+            self.info = push_project(self, project, rules, runner, history.value)
+            give_history(self, project, history.value, rules, runner)
 
     def changes(self) -> Changes:
         """What the guest's tree has that was not pushed, and the other way round."""

@@ -15,10 +15,9 @@ from vmsandbox.spec import Grade, GuestLimits
 DEFAULT_IMAGE = "base"
 DEFAULT_MEMORY_MIB, LEAST_MEMORY_MIB, MOST_MEMORY_MIB = 512, 256, 1 << 20
 DEFAULT_VCPUS, MOST_VCPUS = 2, 64
-# Less, and a guest whose own files change (logs, its name) would be at its end before it had begun.
-LEAST_DISK = 128 << 20
-# A tenth of a second's worth has to hold the largest write that a guest's kernel sends as one.
-LEAST_WRITE_RATE = 1 << 20
+LEAST_DISK = 64 << 20  # less, and a guest whose own files change (logs, its name) is at its end before it has begun
+LEAST_WRITE_RATE = 64 << 10
+LEAST_RESERVED = 128 << 20
 _MIB = 1 << 20
 _GRADES = (Grade.EMULATED, Grade.SEPARATED, Grade.ISOLATED)
 
@@ -91,11 +90,11 @@ def _limits(policy: Policy, resources: ResourcesPolicy, memory_mib: int) -> Gues
     for key, value, least in (
         ("disk", resources.disk, LEAST_DISK),
         ("write_rate", resources.write_rate, LEAST_WRITE_RATE),
-        ("memory_reserved", resources.memory_reserved, LEAST_MEMORY_MIB * _MIB),
+        ("memory_reserved", resources.memory_reserved, LEAST_RESERVED),
     ):
         if value is not None and value < least:
             raise UserInputError(
-                f"sandbox.resources.{key} must be at least {least // _MIB} MiB, not {value} bytes",
+                f"sandbox.resources.{key} must be at least {least >> 10} KiB, not {value} bytes",
                 details=_where(policy).strip(),
             )
     if reserved is not None and reserved >= memory_mib:
