@@ -35,15 +35,17 @@ def test_it_never_needs_more_than_the_default_allows(name: str) -> None:
     assert policy.returns.accept == "safe" and policy.resources.processes and policy.session.time
 
 
-def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_somebodys_folder_does_not_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("offline").write_text("sandbox: {session: {environment: [SECRET]}}\n")
     assert packaged_policy(Path("offline")).name == "offline.yaml"
-    Path("offline").write_text("sandbox: {}\n")
-    assert load_policy(Path("offline")) == Policy(source=Path("offline"))
-    os.unlink("offline")
-    os.symlink("nowhere", "offline")
+    assert load_policy(Path("offline")).session.environment == ()
+    assert load_policy(tmp_path / "offline").session.environment == ("SECRET",)
+    Path("mine").write_text("sandbox: {}\n")
+    assert load_policy(Path("mine")) == Policy(source=Path("mine"))
+    os.symlink("nowhere", "dangling")
     with pytest.raises(UserInputError, match="cannot be read"):
-        load_policy(Path("offline"))
+        load_policy(Path("dangling"))
 
 
 def test_an_unknown_name_says_which_there_are() -> None:

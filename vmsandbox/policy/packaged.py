@@ -21,18 +21,23 @@ def packaged_names() -> tuple[str, ...]:
 
 
 def packaged_policy(path: Path) -> Path:
-    """The file of a bare name (`python-dev`, no slash, no dot) that is no file here; any other path as it is.
+    """The file of a bare name (`python-dev`, no slash, no dot); any other path as it is.
+
+    The ready-made policy goes before a file of that name: the folder that a session starts in may be somebody else's,
+    and what a person names gets more than what lies there.
 
     Raises:
-        UserInputError: it is a bare name, and neither a file nor a policy is called so.
+        UserInputError: it is a bare name, and neither a policy nor a file is called so.
     """
-    if not _NAME.fullmatch(str(path)) or os.path.lexists(path):
+    if not _NAME.fullmatch(str(path)):
         return path
     found = resource_folder("policies") / f"{path}.yaml"
-    if not found.is_file():
-        raise UserInputError(
-            f"no policy is called {path}",
-            details=f"there are: {', '.join(packaged_names())}",
-            resolution="name one of them, or a file",
-        )
-    return found
+    if found.is_file():
+        return found
+    if os.path.lexists(path):
+        return path
+    raise UserInputError(
+        f"no policy is called {path}",
+        details=f"there are: {', '.join(packaged_names())}",
+        resolution="name one of them, or a file",
+    )
