@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from vmsandbox.policy.globs import is_glob
-from vmsandbox.policy.places import USUALLY_WRITABLE, covers, inside, inside_any
+from vmsandbox.policy.places import USUALLY_WRITABLE, covers, inside, inside_any, mount_over
 from vmsandbox.policy.rendering import plain_duration, plain_size
 from vmsandbox.policy.values import (
     CommandsPolicy,
@@ -96,9 +96,8 @@ def _filesystem(before: FilesystemPolicy, after: FilesystemPolicy) -> Iterator[s
     for pattern in before.denied_paths:
         if not _denied_by(pattern, after.denied_paths):
             yield f"filesystem.denied_paths: {pattern} is no longer denied"
-    mounts = {one.path: one for one in after.tmpfs}
     for was in before.tmpfs:
-        now = mounts.get(was.path)
+        now = mount_over(was.path, after.tmpfs)
         if now is None and may_write(after, was.path):
             yield f"filesystem.tmpfs: {was.path} is no longer limited"
         elif now and now.size > was.size:
