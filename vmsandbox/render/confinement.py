@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.values import CommandsPolicy, Policy, Tmpfs
+from vmsandbox.policy.values import Policy, Tmpfs
+from vmsandbox.render.commands import command_files
 from vmsandbox.render.guest_paths import (
     ETC,
     ETC_NEEDED,
@@ -53,7 +54,7 @@ def asks_of_guest(policy: Policy) -> bool:
         or policy.kernel.seccomp
         or policy.kernel.user_namespaces
         or policy.session.post_create
-        or policy.commands != CommandsPolicy()
+        or command_files(policy.commands)
     )
 
 
@@ -69,7 +70,7 @@ def confinement_of(policy: Policy) -> dict[str, Any] | None:
     paths = guest_paths(policy.filesystem)
     filters = [[f"{FILTERS}/{n:02}.bpf", 0o644, _deflated(code), "deflate"] for n, code in enumerate(_filters(policy))]
     message = {
-        "files": [*filters, *_command_files(policy), *_settings(policy, paths)],
+        "files": [*filters, *map(list, command_files(policy.commands)), *_settings(policy, paths)],
         "folders": _folders(policy, paths),
         "mounts": [_memory(one) for one in policy.filesystem.tmpfs],
         "sysctls": USER_NAMESPACES if policy.kernel.user_namespaces else {},
@@ -180,10 +181,6 @@ def _filters(policy: Policy) -> list[bytes]:
     # The first file is the innermost: it is loaded last.
     names = policy.kernel.capabilities
     return [compile_profile(profile.text, names, str(profile.source)) for profile in policy.kernel.seccomp]
-
-
-def _command_files(policy: Policy) -> list[list[Any]]:
-    return []
 
 
 def _deflated(code: bytes) -> str:
