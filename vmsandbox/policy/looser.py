@@ -85,8 +85,11 @@ def _grade(before: str | None, after: str | None) -> Iterator[str]:
 
 
 def _filesystem(before: FilesystemPolicy, after: FilesystemPolicy) -> Iterator[str]:
+    unsaid = bool(before.allowed_paths) and not after.allowed_paths and "/" not in before.allowed_paths
+    if unsaid:
+        yield "filesystem.allowed_paths: all that the worker owns may be written"
     for path in writable(after):
-        if not may_write(before, path):
+        if not may_write(before, path) and not (unsaid and path in USUALLY_WRITABLE):
             yield f"filesystem: {path} may be written"
     if before.read_only and not after.read_only and "./" not in writable(after) and may_write(after, "./"):
         yield "filesystem: the project may be written"
