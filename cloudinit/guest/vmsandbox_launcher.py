@@ -7,11 +7,10 @@ The filter cannot be taken off and is inherited by every child; a second one tha
 forbid more, and the kernel allows no second listener. Without the supervisor this does not start anything.
 """
 
-import array
+import _socket as socket  # not socket, whose imports take longer than all of this: it runs before every connection
 import ctypes
 import errno
 import os
-import socket
 import struct
 import sys
 import time
@@ -73,7 +72,7 @@ def hand_over(path, patience=PATIENCE):
             time.sleep(0.05)
     peer.settimeout(patience)
     listener = install()
-    peer.sendmsg([b"listener"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
+    peer.sendmsg([b"listener"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", listener))])
     os.close(listener)
     if peer.recv(16) != b"ok":
         raise OSError(errno.ECONNREFUSED, "the supervisor did not take it")

@@ -181,6 +181,35 @@ for line in sys.stdin:
     assert ruled.exec("ls", status=None).returncode == REFUSED
 
 
+def test_only_the_hosts_own_plumbing_is_let_through(ruled: RootedGuest) -> None:
+    """The variable counts where sshd hands it to a session's first process, and nowhere else."""
+    # sshd takes a variable only where its configuration says so; it is read when a port's service starts
+    ruled.root("echo 'AcceptEnv VMSANDBOX_PLUMBING' > /etc/vmsandbox/sshd_network-test.conf")
+    ports = " ".join(f"vmsandbox-ssh@{number}" for number in range(1, ruled.info.ssh_ports))
+    ruled.root(f"systemctl restart --no-block {ports}")
+
+    def status(name: str, command: str) -> int:
+        sandbox = Sandbox.attach(ruled.name, layout=ruled.cli.layout)
+        try:
+            shell = sandbox.shell()
+            channel = shell._transport.open_session(timeout=20)
+            channel.set_environment_variable(name, "1")
+            channel.exec_command(command)
+            return int(channel.recv_exit_status())
+        finally:
+            sandbox.disconnect()
+
+    # the port that was in use when the others were restarted has the new setting after one connection more
+    wait_for(lambda: ruled.exec("git", "--version", status=None).returncode == 0, timeout=120)
+    wait_for(lambda: ruled.exec("git", "--version", status=None).returncode == 0, timeout=120)
+    assert status("VMSANDBOX_PLUMBING", "mkdir p && rm -r p && tar --version && sh -c 'sh -c true' && ! ls") == 0
+    assert status("VMSANDBOX_OTHER", "mkdir p") == REFUSED
+    assert status("VMSANDBOX_OTHER", "export VMSANDBOX_PLUMBING=1; mkdir p") == REFUSED
+    forged = "import os; os.environ['VMSANDBOX_PLUMBING'] = '1'; os.execvp('bash', ['bash', '-c', 'mkdir p'])"
+    assert ruled.exec(*python(forged), status=None).returncode != 0
+    assert ruled.exec(*python("import os; print(os.path.exists('p'))")).stdout == b"False\n"
+
+
 def test_a_person_is_asked_on_the_terminal(ruled: RootedGuest) -> None:
     hostile = "a;b \x1b[31m'\n" + MARK + " y"
 

@@ -186,7 +186,7 @@ def test_the_kernels_doors_are_closed(inside: Inside) -> None:
         f'python3 -c "{tracer}" 1',
         "cat /dev/fuse", "cat /dev/vsock", "cat /dev/kmsg", "dmesg", "cat /proc/1/environ", "ls /proc/1/root/",
         "python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect(\"/run/ssh-unix-local/socket\")'",
-        "echo 0 > /proc/sys/kernel/yama/ptrace_scope", "kill -9 $(pgrep -f vmsandbox-control)",
+        "echo 0 > /proc/sys/kernel/yama/ptrace_scope", "kill -9 $(pgrep -u 0 -f vmsandbox-control)",
         "echo max > /sys/fs/cgroup/vmsandbox.slice/vmsandbox-worker.slice/pids.max",
     )  # fmt: skip
     assert {line.split()[1] for line in inside.python(CLOSED).splitlines()} <= {"1", "13"}, "EPERM, EACCES"

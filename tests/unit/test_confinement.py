@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vmsandbox.errors import GuestError, UserInputError
 from vmsandbox.paths import resource_folder
 from vmsandbox.policy.values import (
+    CommandsPolicy,
     FilesystemPolicy,
     KernelPolicy,
     Policy,
@@ -41,7 +42,7 @@ Golden = Callable[[str, str], None]
 
 SAMPLE = FilesystemPolicy(("./src", "./tests", "/tmp/claude-work"), ("./secrets/", "~/.ssh/", "/etc/"))
 POLICIES = {
-    "sample": Policy(filesystem=SAMPLE),
+    "sample": Policy(filesystem=SAMPLE, commands=CommandsPolicy(("git",), ("curl *",))),
     "limits": Policy(
         filesystem=FilesystemPolicy(tmpfs=(Tmpfs("/tmp", 100 << 20), Tmpfs("/home/claude-worker/.cache", 9, True))),
         resources=ResourcesPolicy(processes=128),

@@ -1,7 +1,8 @@
-"""The ready-made policies: what each of them comes to, all values written out."""
+"""The ready-made policies: what each of them comes to, all values written out, and what its guest is told."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from vmsandbox.policy.load import load_policy
 from vmsandbox.policy.packaged import packaged_names, packaged_policy
 from vmsandbox.policy.rendering import plain_policy, to_yaml
 from vmsandbox.policy.values import Policy
+from vmsandbox.render.confinement import confinement_of
 
 NAMES = ("agent", "offline", "python-dev", "review-only")
 
@@ -55,3 +57,9 @@ def test_an_unknown_name_says_which_there_are() -> None:
     for path in ("./a/ofline", "ofline.yaml", "../offline"):
         with pytest.raises(UserInputError, match="cannot be read"):
             load_policy(Path(path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_its_guest_is_told(name: str, golden: Callable[[str, str], None]) -> None:
+    message = confinement_of(load_policy(Path(name)))
+    golden(f"policies/{name}.json", json.dumps(message, indent=1) + "\n")

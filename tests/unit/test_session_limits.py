@@ -23,7 +23,7 @@ from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
-from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id
+from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id, process_started
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
 from vmsandbox.session.limits import LimitReachedError, Meter, activity_file, ended_by_limit, limited
@@ -276,8 +276,6 @@ def test_idle_is_from_the_last_thing_that_was_done_and_not_while_frozen(
 
 def test_an_owner_keeps_its_folder_and_a_stop_ends_the_watcher(folder: SessionFolder, guest_process: Any) -> None:
     process, info = guest_process
-    from vmsandbox.session.folder import process_started
-
     folder.update(replace(info, owner_pid=os.getpid(), owner_started=process_started(os.getpid()) or 0))
     start_watcher(folder, info, SessionPolicy(time=1), Programs())
     assert process.wait(30) == -signal.SIGKILL
@@ -302,8 +300,10 @@ def test_a_name_that_is_used_again_is_another_session(folder: SessionFolder, gue
 def test_a_stop_does_not_wait_for_the_time(folder: SessionFolder, guest_process: Any) -> None:
     process, info = guest_process
     start_watcher(folder, info, SessionPolicy(time=3600, idle=3600), Programs())
+    watcher = json.loads((folder.path / f"{KIND}.json").read_text())
     began = time.monotonic()
     assert tear_down(folder.layout, folder, info) == []
+    assert process_started(watcher["pid"]) != watcher["started"], "it was ended before what it works on"
     assert process.wait(5) == -signal.SIGKILL and time.monotonic() - began < 6
     assert limits_of(folder, info) == []
 

@@ -67,7 +67,12 @@ def _findings(effective: Effective, own: Layer) -> list[Finding]:
     network = own.policy.network
     if says_hosts(own):
         network = replace(network, within=effective.policy.network.within)
-    return [*lint_policy(own.policy), *lint(network), *(lint_within(own, effective.policy, wider) if wider else ())]
+    found = [*lint_policy(own.policy), *lint(network), *(lint_within(own, effective.policy, wider) if wider else ())]
+    if own.policy.kernel.seccomp:
+        from vmsandbox.policy.syscalls_needed import kernel_findings
+
+        found += kernel_findings(own.policy.kernel)
+    return found
 
 
 @app.command()

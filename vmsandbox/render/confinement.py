@@ -70,7 +70,7 @@ def confinement_of(policy: Policy) -> dict[str, Any] | None:
     paths = guest_paths(policy.filesystem)
     filters = [[f"{FILTERS}/{n:02}.bpf", 0o644, _deflated(code), "deflate"] for n, code in enumerate(_filters(policy))]
     message = {
-        "files": [*filters, *command_files(policy.commands), *_settings(policy, paths)],
+        "files": [*filters, *map(list, command_files(policy.commands)), *_settings(policy, paths)],
         "folders": _folders(policy, paths),
         "mounts": [_memory(one) for one in policy.filesystem.tmpfs],
         "sysctls": USER_NAMESPACES if policy.kernel.user_namespaces else {},
