@@ -108,11 +108,11 @@ class Resources(Strict):
 
     vcpus: Annotated[int, Field(ge=1, le=64)] | None = described("Virtual processors.")
     memory: Annotated[Size, Field(ge=256 * MIB, le=1 << 40)] | None = described("Of the whole guest.")
-    memory_reserved: Annotated[Size, Field(ge=256 * MIB, le=1 << 40)] | None = described(
+    memory_reserved: Annotated[Size, Field(ge=128 * MIB, le=1 << 40)] | None = described(
         "What the guest keeps when the host takes memory back. Left out: all of it."
     )
-    disk: Annotated[Size, Field(ge=128 * MIB)] | None = described("What the guest may write beyond its image.")
-    write_rate: Annotated[Size, Field(ge=MIB)] | None = described("Bytes a second written to its disk.")
+    disk: Annotated[Size, Field(ge=64 * MIB)] | None = described("What the guest may write beyond its image.")
+    write_rate: Annotated[Size, Field(ge=64 << 10)] | None = described("Bytes a second written to its disk.")
     processes: Annotated[int, Field(ge=16, le=4_000_000)] | None = described("The worker's, threads included.")
     output: Annotated[Size, Field(ge=1024)] | None = described("Bytes of one command's stdout and stderr.")
 
