@@ -22,6 +22,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
+from vmsandbox.session.balloon import Balloon, share_available
 from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id, process_started
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
@@ -97,6 +98,18 @@ def test_the_file_system_is_full_before_its_disk_is() -> None:
     for disk in (64 * MIB, 1 << 30, 1 << 40):
         free = disk_free_of(GuestLimits(disk))
         assert free is not None and disk * 0.3 < free < disk * 0.9
+
+
+def test_memory_is_taken_back_while_the_host_is_short_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Balloon, "_set", lambda _self, mib: told.append(mib))
+    balloon = Balloon("uuid", 1024, 512, tmp_path / "meminfo")
+    for available in (900, 150, 99, 50, 150, 199, 201, 900):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 1000 kB\nMemAvailable: {available} kB\n")
+        balloon.look()
+    assert told == [512, 1024]
+    for broken in ("", "MemTotal: 0 kB\nMemAvailable: 0 kB", "x", "MemTotal: y"):
+        assert share_available(broken) == 1.0
 
 
 @pytest.mark.parametrize("wanted", [None, "emulated", "separated", "isolated"])
