@@ -19,6 +19,7 @@ from vmsandbox.errors import GuestError, RefusedError, UserInputError, Vmsandbox
 from vmsandbox.hypervisor.isolation import Check, Isolation
 from vmsandbox.journal import events
 from vmsandbox.paths import Layout
+from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
@@ -30,7 +31,7 @@ from vmsandbox.session.limits import LimitReachedError, Meter, activity_file, en
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sizes import disk_free_of, refuse_grade
 from vmsandbox.session.teardown import tear_down
-from vmsandbox.session.variables import guest_variables, taken_from_host
+from vmsandbox.session.variables import guest_variables
 from vmsandbox.session.watching import KIND, end_watcher, start_watcher
 from vmsandbox.spec import Grade, GuestLimits
 
@@ -178,7 +179,8 @@ def test_the_chosen_locale_is_not_outweighed() -> None:
 
 def test_what_of_the_host_a_person_has_to_name() -> None:
     named = Policy(session=SessionPolicy(environment=("LANG", "LC_TIME", "TZ", "GITHUB_TOKEN", "LANGX")))
-    assert taken_from_host(named) == ["session.environment[3]: GITHUB_TOKEN", "session.environment[4]: LANGX"]
+    asked = reaches_into_host(named, network=False)
+    assert asked == ["session.environment[3]: the host's GITHUB_TOKEN", "session.environment[4]: the host's LANGX"]
 
 
 # -- output ------------------------------------------------------------------------------------------------

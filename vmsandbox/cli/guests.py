@@ -40,7 +40,9 @@ from vmsandbox.session.plan import SessionRequest
 from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
+    from vmsandbox.policy.effective import Effective
     from vmsandbox.policy.values import Policy
+    from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.limits import Meter
     from vmsandbox.session.sandbox import Sandbox
 
@@ -113,7 +115,7 @@ def push(
     monitor = make_monitor()
     sandbox = Sandbox.attach(name, monitor=monitor)
     try:
-        sandbox.push(path.absolute(), _policy(path, policy, monitor), history=history)
+        sandbox.push(path.absolute(), _policy(path, policy, monitor).policy, history=history)
     finally:
         sandbox.disconnect()
     return 0
@@ -151,40 +153,35 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
-    if request.project is not None or policy is not None:
-        request = replace(request, policy=_policy(request.project or Path(), policy, monitor))
+    effective = _policy(request.project, policy, monitor)
+    request = replace(request, policy=effective.policy)
     network = request.policy.network
-    if policy is None:
-        _refuse_reach(request.policy, request.mode)
+    if effective.own is not None and policy is None:
+        _refuse_reach(effective.own.policy, request.mode is not NetworkMode.NONE)
     if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
         why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
         monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
     return Sandbox.open(request.project, request=request, monitor=monitor)
 
 
-def _policy(project: Path, chosen: Path | None, monitor: Monitor) -> Policy:
-    from vmsandbox.policy.load import find_policy, load_policy
-    from vmsandbox.policy.values import Policy, unenforced
+def _policy(project: Path | None, chosen: Path | None, monitor: Monitor) -> Effective:
+    from vmsandbox.policy.effective import effective_policy
+    from vmsandbox.policy.load import find_policy
+    from vmsandbox.policy.values import unenforced
 
-    path = chosen or (find_policy(project) if project.is_dir() else None)
-    if path is None:
-        return Policy()
-    policy = load_policy(path)
-    for text in unenforced(policy):
+    found = find_policy(project) if chosen is None and project is not None and project.is_dir() else None
+    effective = effective_policy(chosen or found)
+    for text in unenforced(effective.policy):
         monitor.notice(text)
-    return policy
+    return effective
 
 
-def _refuse_reach(policy: Policy, mode: NetworkMode) -> None:
+def _refuse_reach(policy: Policy, has_network: bool) -> None:
     """A policy that was found in the project gets nothing of this host; one that a person named does."""
     from vmsandbox.policy.consent import reaches_into_host
     from vmsandbox.review.text import shown
-    from vmsandbox.session.variables import taken_from_host
 
-    wanted = taken_from_host(policy)
-    if mode is not NetworkMode.NONE:
-        wanted += reaches_into_host(policy.network)
-    if wanted:
+    if wanted := reaches_into_host(policy, network=has_network):
         raise RefusedError(
             "the project's own policy asks for something of this host, and nobody has named it",
             details="\n".join(shown(line, 300) for line in wanted),
@@ -212,22 +209,29 @@ def run_in(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
 
     began = time.monotonic()
     try:
-        with limited(sandbox) as meter:
+        with limited(sandbox) as meter, sandbox.asking(_person(sandbox.name)) as asking:
             if command is None and os.isatty(0) and os.isatty(1):
                 from vmsandbox.guest.terminal import run_terminal, terminal_size
 
                 channel = sandbox.start(None, terminal=terminal_size())
                 with _ending(channel):
-                    status = run_terminal(channel, meter.sink, meter.note)
+                    status = run_terminal(channel, meter.sink, meter.note, asking)
             else:
                 channel = sandbox.start(command)
                 with _ending(channel):
-                    status = _join(channel, meter, stdout)
+                    status = _join(channel, meter, stdout, asking)
     except LimitReachedError as limit:
         sandbox.ended(limit.exit_code, time.monotonic() - began)
         raise
     sandbox.ended(status, time.monotonic() - began)
     return status
+
+
+def _person(name: str) -> Person | None:
+    """Who is asked about commands, if somebody sits there."""
+    from vmsandbox.cli.asking import has_person, person
+
+    return person(name) if has_person() else None
 
 
 @contextmanager
@@ -246,11 +250,11 @@ def _ending(channel: Any) -> Iterator[None]:
         channel.close()
 
 
-def _join(channel: Any, meter: Meter, stdout: int) -> int:
+def _join(channel: Any, meter: Meter, stdout: int, asking: Asking) -> int:
     from vmsandbox.guest.streams import join_streams
 
     out, err = meter.sink(guest_output(stdout)), meter.sink(guest_output(2))
-    return join_streams(channel, _stdin(), out, err, fed=meter.note)
+    return join_streams(channel, _stdin(), out, err, fed=meter.note, attention=asking)
 
 
 def _stdin() -> int | None:

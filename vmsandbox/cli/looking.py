@@ -79,6 +79,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
     egress: Annotated[bool, typer.Option("--egress", help="What the guest asked of the network.")] = False,
     withheld: Annotated[bool, typer.Option("--withheld", help="What stayed on the host, and why.")] = False,
+    findings: Annotated[bool, typer.Option("--findings", help="What was found in what was copied in.")] = False,
     json: JsonOption = False,
 ) -> int:
     """Show a session's events, checked against their chain. NAME may also be the id of an ended session."""
@@ -88,6 +89,8 @@ def logs(
     record = find_record(layout, name).folder
     if withheld:
         return _show_withheld(record, json)
+    if findings:
+        return _show_findings(record, json)
     if egress:
         from vmsandbox.cli.egress import show_egress
 
@@ -113,6 +116,23 @@ def _records(record: Path) -> list[dict[str, Any]]:
 def _event_line(entry: dict[str, Any]) -> str:
     data = " ".join(f"{key}={shown(json_module.dumps(value))}" for key, value in sorted(entry["data"].items()))
     return f"{entry['time'][:23]}Z  {entry['kind']:<18}  {data}"
+
+
+def _show_findings(record: Path, json: bool) -> int:
+    from vmsandbox.session.incoming import findings_of
+
+    rows = findings_of(record)
+    if json:
+        print_json(rows)
+    else:
+        print_table(
+            ["KIND", "PATH", "LINE", "WHAT"],
+            [
+                [str(row["kind"]), shown(str(row["path"])), str(row["line"] or "-"), shown(str(row["what"]))]
+                for row in rows
+            ],
+        )
+    return 0
 
 
 def _show_withheld(record: Path, json: bool) -> int:

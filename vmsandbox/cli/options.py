@@ -18,7 +18,9 @@ NameOption = Annotated[str | None, typer.Option("--name", "-n", help="Name of th
 PolicyOption = Annotated[
     Path | None,
     typer.Option(
-        "--policy", help="Policy file.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project"
+        "--policy",
+        help="Policy file, or the name of a ready-made one.",
+        show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project",
     ),
 ]
 ImageOption = Annotated[

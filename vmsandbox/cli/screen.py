@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import termios
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TextIO
 
 from vmsandbox.errors import UserInputError
@@ -33,9 +33,10 @@ class Screen:
     """Writes to a terminal and reads from one.
 
     answers: descriptor of a terminal in its ordinary (line) mode. out: text stream to the terminal.
+    wait: returns when there is an answer to be read, or raises.
     """
 
-    def __init__(self, answers: int, out: TextIO) -> None:
+    def __init__(self, answers: int, out: TextIO, wait: Callable[[int], None] = lambda _answers: None) -> None:
         from rich.console import Console
 
         if not os.isatty(answers):
@@ -45,6 +46,7 @@ class Screen:
             )
         self._answers = answers
         self._out = out
+        self._wait = wait
         # What the session before left unread, a terminal's reply to a guest's query among it, answers nothing here.
         termios.tcflush(answers, termios.TCIFLUSH)
         self._console = Console(file=out, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -113,8 +115,11 @@ class Screen:
         if flush:
             termios.tcflush(self._answers, termios.TCIFLUSH)
         try:
+            self._wait(self._answers)
             # In line mode one read is one line; further lines stay with the kernel, where a flush drops them.
             answer = os.read(self._answers, _LONGEST_ANSWER)
+        except TimeoutError:
+            raise
         except (KeyboardInterrupt, OSError):
             answer = b""
         if not answer.endswith(b"\n"):
@@ -126,7 +131,7 @@ class Screen:
         if self._on_page is None or self._skipping:
             return
         self._on_page += 1
-        if self._on_page >= max(self._size().lines - 1, 5):
+        if self._on_page >= max((self._size().lines or 24) - 1, 5):  # 0: a terminal that does not know
             self._on_page = 0
             self._skipping = self.ask("(Enter: show more, s: skip the rest of this)").lower().startswith("s")
 

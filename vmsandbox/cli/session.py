@@ -70,7 +70,8 @@ def session(
     """
     request = SessionRequest(
         project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
-        backup=backup, allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+        accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus,
+        ssh_ports=ssh_ports,
     )  # fmt: skip
     sandbox = open_guest(request, policy)
     reached: LimitReachedError | None = None
@@ -158,7 +159,7 @@ def _advise(error: VmsandboxError, more: str) -> None:
 
 def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str, object]:
     """Review what lies in quarantine, take what was asked for; returns it for `--json`."""
-    from vmsandbox.cli.returning import choose, take
+    from vmsandbox.cli.returning import PERSON, choose, take
     from vmsandbox.session.acceptance import review_with_commands
     from vmsandbox.session.record import find_record
 
@@ -168,7 +169,7 @@ def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str
     applied = None
     if returned.review.changes and not (json and accept is None):
         selection, by = choose(returned, accept)
-        applied = take(returned, selection, by) if selection else None
+        applied = take(returned, selection, by, by == PERSON) if selection else None
     if returned.review.changes and not json:
         tell_applied(returned, applied, sys.stderr)
         if applied is None:

@@ -6,7 +6,6 @@ Without it a deny that comes to nothing, or a plain `github.com` beside `@github
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from vmsandbox.egress.addresses import refused_address
 from vmsandbox.egress.bundles import bundles
@@ -15,15 +14,8 @@ from vmsandbox.egress.decide import Rules
 from vmsandbox.egress.diff import host_classes
 from vmsandbox.egress.hosts import is_address, pattern_matches, patterns_for, precision
 from vmsandbox.egress.values import Destination, EgressPolicy, HostRule, Tls
+from vmsandbox.policy.lint import Finding
 from vmsandbox.policy.values import NetworkPolicy
-
-
-class Finding(NamedTuple):
-    """One thing that a person should look at. where: `network.allowed_hosts[2]`. warning: it is probably a mistake."""
-
-    where: str
-    text: str
-    warning: bool
 
 
 def lint(network: NetworkPolicy) -> tuple[Finding, ...]:

@@ -66,6 +66,7 @@ def pack(
     write: Callable[[bytes], object],
     on_progress: Callable[[int, int], None] | None = None,
     companion: Companion | None = None,
+    on_content: Callable[[str, bytes], object] | None = None,
 ) -> PushedManifest:
     """Send all entries of a walk.
 
@@ -74,12 +75,13 @@ def pack(
         write: takes the archive in pieces of some 256 KiB, in order; must take each whole.
         on_progress: told (content bytes read so far, content bytes in all) after each piece.
         companion: the manifest does not have what it adds.
+        on_content: given (path, bytes) of each file that is not empty, in pieces of at most 1 MiB, in order.
 
     Raises:
         UserInputError: something is no longer what the walk saw, or cannot be read. The archive is
             unfinished then, and what was unpacked so far has to be thrown away.
     """
-    with _Packer(walk, write, on_progress, companion) as packer:
+    with _Packer(walk, write, on_progress, companion, on_content) as packer:
         for entry in walk.entries:
             packer.add(entry)
         return packer.finish()
@@ -125,11 +127,13 @@ class _Packer:
         write: Callable[[bytes], object],
         on_progress: Callable[[int, int], None] | None,
         companion: Companion | None,
+        on_content: Callable[[str, bytes], object] | None,
     ) -> None:
         self._walk = walk
         self._companion = companion
         self._write = write
         self._on_progress = on_progress
+        self._on_content = on_content
         self._waiting = bytearray()
         self._items: dict[str, Item] = {}
         self._files = self._content = self._archive = 0
@@ -211,6 +215,8 @@ class _Packer:
                 pieces.append(piece)
             left -= len(piece)
             self._content += len(piece)
+            if self._on_content is not None:
+                self._on_content(path, piece)
             self._put(piece)
         self._put(bytes(-size % _BLOCK))
         return sha.hexdigest(), pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from vmsandbox.errors import GuestError
-from vmsandbox.guest.streams import Sink, write_all
+from vmsandbox.guest.streams import Attention, Sink, write_all
 
 # Leave bracketed paste, mouse reports, the alternate screen and hidden cursor; normal attributes. A program that
 # was cut off, or a hostile one, may have left them on.
@@ -34,11 +34,13 @@ def terminal_size() -> tuple[str, int, int]:
 
 
 def run_terminal(
-    channel: Any, shown: Callable[[Sink], Sink] | None = None, typed: Callable[[], None] | None = None
-) -> int:
+    channel: Any, shown: Callable[[Sink], Sink] | None = None, typed: Callable[[], None] | None = None,
+    attention: Attention | None = None,
+) -> int:  # fmt: skip
     """Join the process's terminal with a channel that has a pseudo-terminal; returns the exit status.
 
-    Ctrl-C and every other key go to the guest. Raises GuestError if the connection broke.
+    Ctrl-C and every other key go to the guest, but for those that answer what wants `attention`. Raises GuestError if
+    the connection broke.
 
     Args:
         shown: makes of what writes onto the terminal what is called instead. What that raises ends it.
@@ -56,7 +58,7 @@ def run_terminal(
     old_handler = signal.signal(signal.SIGWINCH, resized)
     try:
         tty.setraw(stdin)
-        _pump(channel, stdin, shown(plain) if shown else plain, typed)
+        _pump(channel, stdin, shown(plain) if shown else plain, typed, attention)
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
         signal.signal(signal.SIGWINCH, old_handler)
@@ -68,10 +70,13 @@ def run_terminal(
     return status
 
 
-def _pump(channel: Any, stdin: int, write: Sink, seen: Callable[[], None] | None) -> None:
+def _pump(channel: Any, stdin: int, write: Sink, seen: Callable[[], None] | None, attention: Attention | None) -> None:
     sources: list[Any] = [channel, stdin]
     while True:
-        ready, _, _ = select.select(sources, [], [], 0.5)
+        ready, _, _ = select.select([*sources, *(attention.sources() if attention else ())], [], [], 0.5)
+        if attention is not None and attention.attend():
+            _redraw(channel)
+            continue  # what was typed has been read, or dropped
         if channel in ready or channel.closed:
             data = channel.recv(_PIECE)
             if not data:
@@ -86,3 +91,11 @@ def _pump(channel: Any, stdin: int, write: Sink, seen: Callable[[], None] | None
             else:
                 sources.remove(stdin)  # the terminal was closed
                 channel.shutdown_write()
+
+
+def _redraw(channel: Any) -> None:
+    """Make a program that fills the screen paint it again: it was drawn over."""
+    _term, columns, rows = terminal_size()
+    with suppress(OSError, EOFError):
+        channel.resize_pty(columns, max(rows - 1, 1))
+        channel.resize_pty(columns, rows)

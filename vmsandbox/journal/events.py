@@ -74,6 +74,34 @@ class ProjectPushed(Event):
 
 
 @dataclass(frozen=True)
+class PushScanned(Event):
+    """What was found in what was to be copied in: counts by kind, the first 30 findings (kind, path, line, what).
+
+    files: that were looked at. partly: of them, those of which only the beginning was. refused: nothing was sent.
+    """
+
+    kind: ClassVar[str] = "push.scanned"
+    files: int
+    partly: int
+    counts: dict[str, int]
+    findings: list[dict[str, object]]
+    refused: bool
+
+
+@dataclass(frozen=True)
+class PolicyEnforced(Event):
+    """What is in force in the guest is what its policy says, read from a process of the worker's before any command.
+
+    facts: SHA-256 of what was read, canonical JSON; checks: how many single things were compared.
+    """
+
+    kind: ClassVar[str] = "policy.enforced"
+    facts: str
+    checks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CommandStarted(Event):
     """The host asked the guest to run a command (None: a login shell)."""
 
@@ -89,6 +117,33 @@ class CommandEnded(Event):
     kind: ClassVar[str] = "command.ended"
     status: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class CommandAsked(Event):
+    """The guest asked whether this may run. All but `answer` is untrusted.
+
+    answer: yes, no, always, withdrawn, or why it was no. by: person, or "" where nobody was asked.
+    """
+
+    kind: ClassVar[str] = "command.asked"
+    argv: list[str]
+    cwd: str
+    program: str
+    rule: str
+    answer: str
+    by: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CommandDenied(Event):
+    """The guest's supervisor refused a command, `times` since this was last written. Command and rule are untrusted."""
+
+    kind: ClassVar[str] = "command.denied"
+    command: str
+    rule: str
+    times: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +170,16 @@ class ReturnRefused(Event):
     kind: ClassVar[str] = "return.refused"
     brief: str
     details: str
+
+
+@dataclass(frozen=True)
+class ReturnRulesKept(Event):
+    """What the policy lets come back, from now on (`sandbox.return`). `digest`: of the rules in the record."""
+
+    kind: ClassVar[str] = "return.rules"
+    accept: str | None
+    denied_paths: int
+    digest: str
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ class CheckedJson:
     """One JSON file on its way to a value.
 
     Args:
-        where: the file, for errors.
+        title: what the file is called in errors.
+        resolution: what to do about a wrong one.
 
     problems: what is wrong so far, each with its place. notes: what has no effect.
     """
 
-    def __init__(self, where: str) -> None:
-        self._where = where
+    def __init__(self, title: str, resolution: str) -> None:
+        self._title, self._resolution = title, resolution
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -82,10 +83,9 @@ class CheckedJson:
     def invalid(self, *more: str) -> UserInputError:
         problems = [*self.problems, *more]
         return UserInputError(
-            f"the seccomp profile {self._where} is not valid: {problems[0]}",
+            f"{self._title} is not valid: {problems[0]}",
             details="\n".join(problems[:50]),
-            resolution='correct the file; an example: {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": '
-            '[{"names": ["ptrace"], "action": "SCMP_ACT_ERRNO"}]}',
+            resolution=self._resolution,
         )
 
 

@@ -6,9 +6,10 @@ have to guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vmsandbox.policy.strictyaml import KeyPath
 from vmsandbox.policy.values import Policy
@@ -33,7 +34,7 @@ class Layer:
     """
 
     policy: Policy
-    said: frozenset[str] = frozenset()
+    said: frozenset[str]
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
     files: tuple[tuple[Path, bytes], ...] = field(default=(), repr=False)
     signed: SignedBy | None = None
@@ -60,3 +61,17 @@ def said_keys(lines: Iterable[KeyPath]) -> frozenset[str]:
         if words:
             found.add(".".join(words))
     return frozenset(found)
+
+
+def layer_of(policy: Policy) -> Layer:
+    """A policy that was made without a file, as one that says what differs from the default."""
+    from vmsandbox.policy.rendering import plain_policy
+
+    return Layer(policy, frozenset(_keys_of(plain_policy(policy), "")))
+
+
+def _keys_of(plain: Mapping[str, Any], where: str) -> Iterator[str]:
+    for name, value in plain.items():
+        yield where + name
+        if isinstance(value, dict):
+            yield from _keys_of(value, f"{where}{name}.")

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import os
 import stat
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.layer import Layer, SignedBy, said_keys
+from vmsandbox.policy.packaged import packaged_policy
 from vmsandbox.policy.strictyaml import MAX_BYTES, StrictYaml
 from vmsandbox.policy.values import Policy, SeccompProfile
 
@@ -63,6 +62,7 @@ def load_layer(path: Path, *, organisation: bool = False) -> Layer:
     Args:
         organisation: whether it is the organisation's file, which alone may demand signatures.
     """
+    path = packaged_policy(path)
     content = read_bounded(path, "the policy")
     from vmsandbox.policy.from_model import policy_of
     from vmsandbox.policy.model import PolicyFile
@@ -116,19 +116,19 @@ def read_bounded(path: Path, what: str, most: int = MAX_BYTES) -> bytes:
 
 def _profile(policy: Path, reader: StrictYaml, number: int, name: str) -> tuple[SeccompProfile, bytes]:
     """One seccomp profile that the policy names, read and checked."""
+    from vmsandbox.policy.oci_seccomp import check_profile
+
     key = ("sandbox", "kernel", "seccomp")
     where = (*key, number) if (*key, number) in reader.lines else key
     path = policy.parent / name
     try:
         raw = read_bounded(path, "the seccomp profile")
         text = canonical_json(raw)
+        check_profile(text, str(path))
     except UserInputError as error:
-        raise reader.invalid([reader.at(where, f"{error.brief} {error.details}".strip())]) from error
+        raise reader.invalid([reader.at(where, error.brief), *error.details.splitlines()]) from error
     except ValueError as error:
         raise reader.invalid([reader.at(where, f"{path} is not a seccomp profile: {error}")]) from None
-    checker = "vmsandbox.policy.oci_seccomp"
-    if find_spec(checker):
-        import_module(checker).check_profile(text, reader.at(where, str(path)))
     return SeccompProfile(path, text), raw
 
 

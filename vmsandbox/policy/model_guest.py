@@ -19,7 +19,6 @@ from vmsandbox.policy.model_base import (
     Size,
     Strict,
     Text,
-    Texts,
     blank_is_empty,
     described,
     not_empty,
@@ -30,6 +29,8 @@ MIB = 1 << 20
 Mount = Annotated[Text, AfterValidator(words.tmpfs_path)]
 Output = Annotated[Text, AfterValidator(words.output_path)]
 Capability = Annotated[Text, AfterValidator(words.capability)]
+Pattern = Annotated[Text, AfterValidator(words.command_pattern)]
+Patterns = Annotated[list[Pattern], BeforeValidator(blank_is_empty), Field(max_length=MAX_ENTRIES)]
 File = Annotated[Text, AfterValidator(words.file_path)]
 
 
@@ -71,11 +72,11 @@ class Filesystem(Strict):
 class Commands(Strict):
     """Patterns of command lines: the program, then its arguments; `*` is any text."""
 
-    allowed: Annotated[list[Text], BeforeValidator(not_empty), Field(max_length=MAX_ENTRIES)] = described(
+    allowed: Annotated[list[Pattern], BeforeValidator(not_empty), Field(max_length=MAX_ENTRIES)] = described(
         "What may run. Left out: anything that is not denied.", default_factory=list
     )
-    denied: Annotated[Texts, Field(max_length=MAX_ENTRIES)] = described("What may not run.", default_factory=list)
-    require_confirmation: Annotated[Texts, Field(max_length=MAX_ENTRIES)] = described(
+    denied: Patterns = described("What may not run.", default_factory=list)
+    require_confirmation: Patterns = described(
         "What runs only when the person on the host says yes.", default_factory=list
     )
     confirm_seconds: Annotated[Duration, Field(ge=1, le=3600)] = described(
@@ -107,11 +108,11 @@ class Resources(Strict):
 
     vcpus: Annotated[int, Field(ge=1, le=64)] | None = described("Virtual processors.")
     memory: Annotated[Size, Field(ge=256 * MIB, le=1 << 40)] | None = described("Of the whole guest.")
-    memory_reserved: Annotated[Size, Field(ge=128 * MIB, le=1 << 40)] | None = described(
+    memory_reserved: Annotated[Size, Field(ge=256 * MIB, le=1 << 40)] | None = described(
         "What the guest keeps when the host takes memory back. Left out: all of it."
     )
-    disk: Annotated[Size, Field(ge=64 * MIB)] | None = described("What the guest may write beyond its image.")
-    write_rate: Annotated[Size, Field(ge=64 << 10)] | None = described("Bytes a second written to its disk.")
+    disk: Annotated[Size, Field(ge=128 * MIB)] | None = described("What the guest may write beyond its image.")
+    write_rate: Annotated[Size, Field(ge=MIB)] | None = described("Bytes a second written to its disk.")
     processes: Annotated[int, Field(ge=16, le=4_000_000)] | None = described("The worker's, threads included.")
     output: Annotated[Size, Field(ge=1024)] | None = described("Bytes of one command's stdout and stderr.")
 

@@ -6,11 +6,11 @@ Without it `oci_seccomp.py` would be one file too long to be read. What each key
 from __future__ import annotations
 
 import errno
+import json
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from vmsandbox.policy.capabilities import capability
 from vmsandbox.policy.checkedjson import CheckedJson, shown
 from vmsandbox.policy.seccomp_native import syscall_names, syscall_number
 from vmsandbox.policy.seccomp_values import (
@@ -25,6 +25,7 @@ from vmsandbox.policy.seccomp_values import (
     kernel_return,
     permits,
 )
+from vmsandbox.policy.words import capability
 
 GUEST_KERNEL = (6, 1)  # the oldest of an image in images/; for includes.minKernel
 _MAX_ERRNO = 4095
@@ -49,6 +50,13 @@ _FLAGS = (
 
 class ProfileReader(CheckedJson):
     """One profile on its way to a `Filter`; gathers what is wrong and what has no effect."""
+
+    def __init__(self, where: str) -> None:
+        example = {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["ptrace"], "action": "SCMP_ACT_ERRNO"}],
+        }
+        super().__init__(f"the seccomp profile {where}", f"correct the file; an example: {json.dumps(example)}")
 
     def read(self, text: str, capabilities: Collection[str]) -> Filter:
         data = self.parsed(text)
@@ -208,10 +216,10 @@ class ProfileReader(CheckedJson):
             return False
         held = []
         for number, one in enumerate(self.items(part, f"{at}.", "caps")):
-            name = capability(one) if isinstance(one, str) else None
-            if name is None:
+            try:
+                held.append(capability(one if isinstance(one, str) else "") in capabilities)
+            except ValueError:
                 self.problem(f"{at}.caps[{number}]", f"not a capability: {shown(one)}")
-            held.append(name in capabilities)
         if arches := self.items(part, f"{at}.", "arches"):
             held.append(_GO_ARCHITECTURE in arches)
         if part.get("minKernel"):

@@ -10,6 +10,7 @@ import difflib
 import math
 import posixpath
 import re
+import shlex
 from fractions import Fraction
 
 from vmsandbox.paths import IMAGE_NAME
@@ -140,8 +141,19 @@ def capability(text: str) -> str:
     if found not in CAPABILITIES:
         if found == "all":
             raise ValueError("name the capabilities that are needed, not all")
-        raise ValueError(f"no capability is called {text[:40]!a}{_suggestion(found, CAPABILITIES)}")
+        raise ValueError(f"no capability is called {text[:40]!a}{_suggestion(found)}")
     return found
+
+
+def command_pattern(text: str) -> str:
+    """A pattern of command lines. Kept as it was written."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"not a command line: {error}") from None
+    if not words or not words[0]:
+        raise ValueError("it names no program")
+    return text
 
 
 def variable(text: str) -> str:
@@ -174,7 +186,6 @@ def program(value: object) -> object:
 
 def _inside(text: str) -> str:
     """The rest of a path with single slashes, no dots, and none at its end."""
-    _check_names(text)
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if ".." in parts:
         leaves = posixpath.normpath("/".join(parts)).startswith("..")
@@ -197,8 +208,8 @@ def _refuse_glob(text: str) -> None:
         raise ValueError("a path, not a glob: * ? and [ are not possible here")
 
 
-def _suggestion(word: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def _suggestion(word: str) -> str:
+    close = difflib.get_close_matches(word, CAPABILITIES, n=1)
     return f" (did you mean {close[0]!r}?)" if close else " (see capabilities(7))"
 
 

@@ -21,6 +21,7 @@ CONTROL_CHANNEL = "org.vmsandbox.control"
 CARD_BUS = 4  # the disk, the ports and the balloon have 1 to 3
 SSH_CHANNEL = "org.vmsandbox.ssh."
 BULK_CHANNEL = "org.vmsandbox.bulk"
+ASK_CHANNEL = "org.vmsandbox.ask"
 
 # quiet: a serial line under emulation costs seconds. The rest spares work that a throwaway guest has no use for.
 KERNEL_CMDLINE = (
@@ -86,6 +87,11 @@ class DomainPlan:
         return self.run_folder / "bulk"
 
     @property
+    def ask_socket(self) -> Path:
+        """Host end of the port on which the guest asks a person about a command (`vmsandbox.guest.ask`)."""
+        return self.run_folder / "ask"
+
+    @property
     def console_socket(self) -> Path:
         """Host end of the serial console."""
         return self.run_folder / "console"
@@ -94,7 +100,8 @@ class DomainPlan:
     def channels(self) -> dict[str, Path]:
         """Every virtio-serial port: its name in the guest and its socket on the host."""
         ports = {f"{SSH_CHANNEL}{number}": self.ssh_socket(number) for number in range(self.shape.ssh_ports)}
-        return {CONTROL_CHANNEL: self.control_socket, **ports, BULK_CHANNEL: self.bulk_socket}
+        more = {BULK_CHANNEL: self.bulk_socket, ASK_CHANNEL: self.ask_socket}
+        return {CONTROL_CHANNEL: self.control_socket, **ports, **more}
 
     @property
     def qemu_args(self) -> tuple[str, ...]:

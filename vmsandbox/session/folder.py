@@ -8,7 +8,8 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/known_hosts     the host key that the guest was given
     live/<name>/memory.json     the inode of the sealed memory it maps, if it does
     live/<name>/qemu.pid        its QEMU process
-    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in
+    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in;
+                                port.ask: that answers what the guest asks
     live/<name>/baseline        what the guest listed right after the push (untrusted)
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
@@ -23,6 +24,8 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
     records/<id>/pushed.jsonl   manifest of what was copied in
     records/<id>/withheld.json  what stayed on the host, and why
+    records/<id>/findings.json  what was found in what was copied in, or was not because of it
+    records/<id>/returns-*.json what its policies let come back (the journal says which is in force)
     records/<id>/base.jsonl     the same, with what was accepted since
     records/<id>/quarantine/    what came back (vmsandbox.receive.store)
     records/<id>/accepted.jsonl what was accepted, and by whom
@@ -44,6 +47,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.guest.ask import AskPort
 from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout, checked_session_name
@@ -259,6 +263,21 @@ class SessionFolder:
                     f"something is being copied into session {self.name!r} already", resolution="try again afterwards"
                 ) from None
             port = BulkPort(self.run / "bulk")
+            try:
+                yield port
+            finally:
+                port.close()
+
+    @contextmanager
+    def ask_port(self) -> Iterator[AskPort | None]:
+        """The port on which the guest asks about commands; None if another process answers already, or none can."""
+        with os.fdopen(os.open(self.path / "port.ask", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                port = AskPort(self.run / "ask")
+            except (BlockingIOError, GuestError):
+                yield None
+                return
             try:
                 yield port
             finally:

@@ -20,13 +20,14 @@ from vmsandbox.image.manifest import Image
 from vmsandbox.image.store import ImageStore
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
+from vmsandbox.policy.return_rules import exceeds
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.confinement import confinement_of
 from vmsandbox.render.seed import render_seed
 from vmsandbox.session.sizes import Sizes, sizes_of
 from vmsandbox.session.watching import needs_watcher
-from vmsandbox.spec import NO_LIMITS, Accelerator, GuestLimits, GuestShape, History, NetworkMode
+from vmsandbox.spec import NO_LIMITS, Accelerator, Accept, GuestLimits, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
 # network.mode of a policy → what a guest gets, and what a command line may ask for. `restricted` says that a guest
@@ -55,6 +56,7 @@ class SessionRequest:
     image, network, memory_mib, vcpus: None leaves it to the policy, else to the default.
     learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
+    accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
     """
 
     project: Path | None = None
@@ -64,6 +66,7 @@ class SessionRequest:
     network: NetworkMode | None = None
     learn: bool = False
     history: History = History.NONE
+    accept: Accept | None = None
     backup: bool = True
     allow_emulation: bool = False
     keep: bool = False
@@ -84,12 +87,23 @@ class SessionRequest:
     def check(self) -> None:
         """Refuse what cannot work, before anything is made. Raises UserInputError, or RefusedError by the policy."""
         self._check_network()
+        self._check_accept()
         _ = self.sizes
         if not 1 <= self.ssh_ports <= 28:
             raise UserInputError(f"--ssh-ports must be between 1 and 28, not {self.ssh_ports}")
         if self.project is not None and not self.project.is_dir():
             raise UserInputError(
                 f"not a folder: {self.project}", resolution="name the folder of the project to copy in"
+            )
+
+    def _check_accept(self) -> None:
+        cap = self.policy.returns.accept
+        if self.accept is not None and exceeds(self.accept, cap):
+            where = f" ({self.policy.source})" if self.policy.source else ""
+            raise RefusedError(
+                f"the policy lets at most {cap!r} be taken without a person, not {self.accept.value!r}",
+                details=f"sandbox.return.accept: {cap}{where}",
+                resolution=f"--accept {cap}, or leave it away to be asked in a terminal",
             )
 
     def _check_network(self) -> None:

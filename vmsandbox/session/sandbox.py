@@ -34,6 +34,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import (
     SessionFolder,
     SessionInfo,
@@ -46,6 +47,7 @@ from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
+from vmsandbox.session.record import Record
 from vmsandbox.session.sizes import disk_free_of
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
@@ -56,6 +58,7 @@ from vmsandbox.spec import WORKER, History, NetworkMode
 if TYPE_CHECKING:
     from vmsandbox.guest.ssh import GuestShell
     from vmsandbox.review.changes import Changes
+    from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.backup import Backup
     from vmsandbox.session.collect import Collected
     from vmsandbox.session.commits import ReturnedCommits
@@ -78,6 +81,7 @@ class Sandbox:
         self._port = ExitStack()
         self._network: GuestNetwork | None = None
         self._network_to_come: NetworkToCome | None = None
+        self.project_is_open = False  # whether the policy's guard over the project is down (`session.enforced`)
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -110,9 +114,9 @@ class Sandbox:
         asked.check()
         where = layout or Layout.from_environment()
         listener = monitor or Monitor()
-        # 0.2 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
+        # 0.3 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
         # tear it out of compiled code, which aborts ("FATAL: exception not rethrown", status 134).
-        threading.Thread(target=_import_ssh).start()
+        threading.Thread(target=_get_ready, args=(asked.project is not None,)).start()
         runner = programs or Programs()
         if asked.project is not None:
             make_whole(asked.project, listener)  # before it is copied in half old, half new
@@ -123,8 +127,12 @@ class Sandbox:
             try:
                 backup = sandbox._back_up(asked, runner)
                 sandbox._start(host, asked, prepared, runner)
+                sandbox.project_is_open = True  # as its template was frozen
                 if asked.project is not None:
                     sandbox.push(asked.project, asked.policy, runner, asked.history)
+                else:
+                    with enforced(sandbox, asked.policy, None, None):
+                        pass
                 if backup is not None:
                     backup.result()
                 if sandbox._network is not None:
@@ -211,6 +219,12 @@ class Sandbox:
             self._network.check(shell)
         return channel
 
+    def asking(self, person: Person | None = None) -> Asking:
+        """A context in which the guest's questions about commands are answered (None: with no, and written down)."""
+        from vmsandbox.session.asking import Asking
+
+        return Asking(self.folder, self.journal, person)
+
     def ended(self, status: int, seconds: float) -> None:
         """Write down that a command started with `start` has ended."""
         self.journal.append(events.CommandEnded(status, round(seconds, 3)))
@@ -241,11 +255,13 @@ class Sandbox:
     ) -> None:
         """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`)."""
         from vmsandbox.session.history import give_history
-        from vmsandbox.session.project import push_project
+        from vmsandbox.session.project import guest_folder_for, push_project
 
         rules, runner = policy or Policy(), programs or Programs()
-        self.info = push_project(self, project, rules, runner, history.value)
-        give_history(self, project, history.value, rules, runner)
+        Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
+        with enforced(self, rules, project, guest_folder_for(project)):
+            self.info = push_project(self, project, rules, runner, history.value)
+            give_history(self, project, history.value, rules, runner)
 
     def changes(self) -> Changes:
         """What the guest's tree has that was not pushed, and the other way round."""
@@ -311,6 +327,7 @@ class Sandbox:
         opened = events.SessionOpened(info.id, name, uuid, info.project, __version__)
         try:
             sandbox.journal.append(opened)
+            Record(folder.record_folder(info.id)).keep_returns(asked.policy.returns)
         except BaseException as error:
             sandbox._failed(error)
             raise
@@ -382,5 +399,12 @@ class Sandbox:
         self.close("failed to start")
 
 
-def _import_ssh() -> None:
-    import vmsandbox.guest.ssh  # noqa: F401
+def _get_ready(to_push: bool) -> None:
+    import vmsandbox.guest.ssh
+
+    if to_push:
+        import vmsandbox.session.project  # noqa: F401
+        from vmsandbox.review.incoming import scan
+
+        list(scan("README.md", "é".encode()))  # its lists are read and compiled: 0.1 s
+        list(scan("a.py", "é".encode()))

@@ -15,8 +15,6 @@ from vmsandbox.policy.values import Policy
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = re.compile(r"LD_.*|GLIBC_TUNABLES|GCONV_PATH|BASH_ENV|ENV|SHELLOPTS|BASHOPTS|BASH_FUNC.*|VMSANDBOX.*")
 _MOST_BYTES = 16 << 10  # of all: they travel in one message of 64 KiB, beside certificates
-# What says how text looks and what time it is: no secret of anybody's.
-_HARMLESS = re.compile(r"LANG|LANGUAGE|LC_[A-Z]+|TZ|TERM|COLORTERM|NO_COLOR|FORCE_COLOR|COLUMNS|LINES|CI")
 
 
 def guest_variables(policy: Policy, host: Mapping[str, str]) -> dict[str, str]:
@@ -38,12 +36,6 @@ def guest_variables(policy: Policy, host: Mapping[str, str]) -> dict[str, str]:
     if sum(len(f"{name}={value}".encode()) for name, value in chosen.items()) > _MOST_BYTES:
         raise _refused(policy, "session.variables", f"all of them may have {_MOST_BYTES} bytes", "")
     return chosen
-
-
-def taken_from_host(policy: Policy) -> list[str]:
-    """The variables of this host that a policy asks for, one line each, but those that are no secret of anybody's."""
-    names = enumerate(policy.session.environment)
-    return [f"session.environment[{number}]: {name}" for number, name in names if not _HARMLESS.fullmatch(name)]
 
 
 def _check_name(policy: Policy, key: str, name: str) -> None:
