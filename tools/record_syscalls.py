@@ -90,9 +90,13 @@ def fresh_repository() -> str:
         subprocess.run(init, cwd=f"{folder}/plain", env=ENVIRONMENT, check=True)
         commit = ["git", "commit", "-q", "--allow-empty", "-m", "first"]
         subprocess.run(commit, cwd=f"{folder}/plain", env=ENVIRONMENT, check=True)
-    shutil.rmtree(f"{folder}/used", ignore_errors=True)
-    shutil.copytree(f"{folder}/plain", f"{folder}/used")
-    return f"{folder}/used"
+    # Another name each time: something of the try before may still run in the background.
+    for old in os.listdir(folder):
+        if old != "plain":
+            shutil.rmtree(f"{folder}/{old}", ignore_errors=True)
+    used = f"{folder}/{time.monotonic_ns()}"
+    shutil.copytree(f"{folder}/plain", used)
+    return used
 
 
 def start(argv: list[str], terminal: bool, program: bytes | None, given: bytes = ALLOW_ALL) -> tuple[int, int]:
@@ -177,21 +181,22 @@ def made(name: str) -> set[int]:
     root, fd = start(argv, typed is not None, None)
     info = ctypes.create_string_buffer(88)  # struct ptrace_syscall_info: op at 0, number at 24
     calls: set[int] = set()
-    alive, recording, heard = {root}, False, b""
+    recording, heard = False, b""
     os.waitpid(root, 0)
     libc.ptrace(SETOPTIONS, root, None, OPTIONS)
     libc.ptrace(SYSCALL, root, None, None)
     if typed is not None:
         os.write(fd, typed)
-    while alive:
-        pid, status = os.waitpid(-1, 0x40000000)  # __WALL
+    while True:
+        try:
+            pid, status = os.waitpid(-1, 0x40000000)  # __WALL
+        except ChildProcessError:
+            break  # also what went into the background (git's maintenance) has ended
         with contextlib.suppress(OSError):
             while select.select([fd], [], [], 0)[0] and (more := os.read(fd, 65536)):
                 heard += more
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
-            alive.discard(pid)
             continue
-        alive.add(pid)
         stop, deliver = os.WSTOPSIG(status), 0
         if stop == signal.SIGTRAP | 0x80:
             libc.ptrace(GET_SYSCALL_INFO, pid, len(info), info)

@@ -32,7 +32,7 @@ LIBEXEC = (
     ("/usr/lib/gcc/", "gcc"),
 )
 # What the system's own start-up files of a login shell run, and the host's own file copy: no allow-list need name them.
-LOGIN_HELPERS = frozenset(("id", "dircolors", "lesspipe", "sftp-server"))
+LOGIN_HELPERS = frozenset(("id", "dircolors", "run-parts", "sftp-server"))
 
 # Other words for the same thing: options of a program (long for short), and subcommands.
 _RECURSIVE = {"--recursive": "r", "--force": "f", "-R": "r"}

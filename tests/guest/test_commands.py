@@ -187,6 +187,7 @@ def test_only_the_hosts_own_plumbing_is_let_through(ruled: RootedGuest) -> None:
     ruled.root("echo 'AcceptEnv VMSANDBOX_PLUMBING' > /etc/vmsandbox/sshd_network-test.conf")
     ports = " ".join(f"vmsandbox-ssh@{number}" for number in range(1, ruled.info.ssh_ports))
     ruled.root(f"systemctl restart --no-block {ports}")
+
     def status(name: str, command: str) -> int:
         sandbox = Sandbox.attach(ruled.name, layout=ruled.cli.layout)
         try:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from commanded import Commanded, can_supervise
@@ -79,6 +79,20 @@ def test_a_descriptor_is_judged_by_what_is_open(denying: Commanded) -> None:
     )
     done = denying.run("/usr/bin/python3", "-c", script)
     assert (done.returncode, done.stdout.split()) == (0, ["13", "13"]), done
+
+
+def test_who_hides_from_debuggers_is_not_root(denying: Commanded) -> None:
+    """/proc/PID belongs to root then; that says nothing about the process."""
+    script = "import ctypes, os; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); os.execv('/usr/bin/od', ['od'])"
+    done = denying.run("/usr/bin/python3", "-c", script)
+    assert done.returncode == 1 and "PermissionError" in done.stderr
+
+
+def test_a_worker_is_nobodys_plumbing(allowing: Commanded) -> None:
+    for script in ("exec mkdir x", "exec bash -c 'mkdir x'", "exec /usr/sbin/sshd -V"):
+        assert allowing.sh(f"export VMSANDBOX_PLUMBING=1; {script}").returncode != 0
+    assert not (allowing.home / "x").exists()
+    assert refused(allowing.sh("VMSANDBOX_PLUMBING=1 exec bash -c true"))
 
 
 def test_a_name_in_the_arguments_is_no_program(denying: Commanded) -> None:
@@ -224,7 +238,7 @@ def test_who_answers_yes_lets_it_run_and_silence_does_not() -> None:
     import json
 
     master, slave = pty.openpty()
-    made = Commanded(os.ttyname(slave), 2, require_confirmation=["tac *"])
+    made = Commanded(os.ttyname(slave), 2, require_confirmation=["tac *", "s"])
     try:
         import tty
 
@@ -243,11 +257,14 @@ def test_who_answers_yes_lets_it_run_and_silence_does_not() -> None:
                             return found
             raise AssertionError(data)
 
-        def answered(word: str | None, script: str = "exec tac f") -> subprocess.CompletedProcess[bytes]:
+        def answered(
+            word: str | None, script: str = "exec tac f", meanwhile: Callable[[], object] = lambda: None
+        ) -> subprocess.CompletedProcess[bytes]:
             process = made.begin("/bin/sh", "-c", script)
             if word is not None:
                 asked = question()
-                assert asked["argv"] == ["tac", "f"] and asked["cwd"] == str(made.home)
+                assert asked["argv"] == script.split()[1:] and asked["cwd"] == str(made.home)
+                meanwhile()
                 if word:
                     os.write(master, json.dumps({"id": asked["id"], "answer": word}).encode() + b"\n")
             out, err = process.communicate(timeout=20)
@@ -260,6 +277,11 @@ def test_who_answers_yes_lets_it_run_and_silence_does_not() -> None:
         assert silent.returncode == 126 and b"no answer in 2 seconds" in silent.stderr
         assert answered("always").stdout == b"text\n"
         assert answered(None).stdout == b"text\n"
+        (made.home / "s").write_text("#!/bin/sh\necho one\n")
+        (made.home / "s").chmod(0o755)
+        assert answered("yes", "exec ./s").stdout == b"one\n"
+        changed = answered("yes", "exec ./s", lambda: (made.home / "s").write_text("#!/bin/sh\necho other\n"))
+        assert changed.stdout == b"" and b"changed while it was asked about" in changed.stderr
         os.close(master)
         master = -1
         gone = made.sh("exec tac f f")

@@ -128,3 +128,10 @@ def test_the_wire_carries_wider_policies() -> None:
     policy = compile_policy(within(NetworkPolicy(allowed_hosts=("*",)), NetworkPolicy(allowed_hosts=("a.org",))))
     config = BrokerConfig("s", policy, {}, (), "", "")
     assert config_from_json(config_to_json(config)) == config and policy.within[0].allow[0].pattern == "a.org"
+
+
+def test_tls_is_looked_into_unless_every_policy_passes_it_through() -> None:
+    unseen = NetworkPolicy(rules=(NetworkRule("a.org", tls="passthrough"),))
+    seen, to = NetworkPolicy(allowed_hosts=("a.org",)), Destination("a.org", 443)
+    assert not rules_of(within(unseen, unseen)).inspects(to)
+    assert rules_of(within(unseen, seen)).inspects(to) and rules_of(within(seen, unseen)).inspects(to)

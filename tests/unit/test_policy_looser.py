@@ -36,7 +36,9 @@ def policy(folder: Path, text: str) -> Policy:
     [
         ("filesystem: {allowed_paths: [./src]}", "filesystem: {allowed_paths: [./src/a]}", []),
         ("filesystem: {allowed_paths: [./src]}", "filesystem: {allowed_paths: [./src, /opt]}", ["/opt may be written"]),
-        ("filesystem: {allowed_paths: [./src]}", "", ["./ may be", "~/ may be", "/tmp may be"]),
+        ("filesystem: {allowed_paths: [./src]}", "", ["all that the worker owns may be written"]),
+        ("filesystem: {allowed_paths: [./, ~/, /tmp]}", "", ["all that the worker owns"]),
+        ("filesystem: {allowed_paths: [/]}", "", []),
         ("", "filesystem: {allowed_paths: [./src, ~/x, /tmp/y]}", []),
         ("filesystem: {project: read-only}", "filesystem: {project: read-only, output: ./o}", ["./o may be written"]),
         ("filesystem: {project: read-only}", "", ["./ may be written"]),

@@ -17,7 +17,7 @@ from vmsandbox.errors import RefusedError
 from vmsandbox.policy.layer import Layer, layer_of
 from vmsandbox.policy.merge import merge, merge_two, says_commands
 from vmsandbox.policy.merge_network import says_hosts
-from vmsandbox.policy.places import common, covers, inside
+from vmsandbox.policy.places import common, covers, inside, mount_over
 from vmsandbox.policy.values import (
     FilesystemPolicy,
     KernelPolicy,
@@ -69,12 +69,15 @@ def test_no_path_can_be_written_that_one_of_them_keeps(outer: Layer, inner: Laye
         if may_write(both, path):
             assert may_write(outer, path) and may_write(inner, path), path
     for one in (outer, inner):
-        theirs = {mount.path: mount for mount in one.policy.filesystem.tmpfs}
         for mount in both.policy.filesystem.tmpfs:
-            if like := theirs.get(mount.path):
+            if like := mount_over(mount.path, one.policy.filesystem.tmpfs):
                 assert mount.size <= like.size and (like.exec or not mount.exec)
-            else:  # not below one whose limits it would escape
-                assert not any(inside(mount.path, other) for other in theirs)
+        for mount in one.policy.filesystem.tmpfs:  # what is not mounted any more lies in one as narrow, or is no place
+            now = mount_over(mount.path, both.policy.filesystem.tmpfs)
+            if now is None:
+                assert not may_write(both, mount.path)
+            else:
+                assert now.size <= mount.size and (mount.exec or not now.exec)
         assert set(one.policy.filesystem.denied_paths) <= set(both.policy.filesystem.denied_paths)
 
 
@@ -264,7 +267,7 @@ def test_a_writable_folder_of_one_is_not_that_of_another() -> None:
     assert together(narrow, wide).filesystem.read_only
     mounts = Policy(filesystem=FilesystemPolicy(tmpfs=(Tmpfs("/tmp", 4096), Tmpfs("/opt/x", 4096, True))))
     hole = Policy(filesystem=FilesystemPolicy(tmpfs=(Tmpfs("/tmp/x", 1 << 30, True), Tmpfs("/tmp", 1 << 30, True))))
-    assert together(mounts, hole).filesystem.tmpfs == mounts.filesystem.tmpfs
+    assert together(mounts, hole).filesystem.tmpfs == (*mounts.filesystem.tmpfs, Tmpfs("/tmp/x", 4096))
 
 
 def test_where_nothing_can_be_combined_the_wider_file_wins() -> None:
@@ -317,6 +320,19 @@ def test_what_a_pattern_covers_it_matches(wider: str, narrower: str, word: str) 
     if covers(wider, narrower) and covers(narrower, word):
         assert covers(wider, word)
     assert covers("git push *", "git push origin*") and not covers("git push *", "git pu*")
+
+
+@pytest.mark.parametrize(
+    ("wider", "narrower", "both"),
+    [
+        ("*", "pypi:six", ("pypi:six",)), ("pypi:*", "six", ()), ("pypi:six", "six", ("pypi:six",)),
+        ("s*", "six", ("six",)), ("s*x", "s*", ("s*x",)), ("npm:six", "pypi:six", ()),
+        ("a-*-b", "a--b", ()),  # one name with a-b in some ecosystems, which a-*-b is not
+    ],
+)  # fmt: skip
+def test_packages_of_both(wider: str, narrower: str, both: tuple[str, ...]) -> None:
+    for one, other in ((wider, narrower), (narrower, wider)):
+        assert together(network(packages_allow=(one,)), network(packages_allow=(other,))).network.packages_allow == both
 
 
 def test_no_limit_on_a_rate_is_more_than_any_limit() -> None:

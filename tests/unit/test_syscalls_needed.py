@@ -13,9 +13,8 @@ from vmsandbox.policy.seccomp_native import syscall_number
 from vmsandbox.policy.syscalls_needed import SETPRIV, missing_calls, recorded
 
 SAMPLE = (Path(__file__).parent / "data/import/seccomp-claude.json").read_text()
-PROGRAMS = {
-    "bash", "bash (interactive)", "bash (runs a program)", "git status", "git commit", "python3", "pip", "login", SETPRIV,
-}  # fmt: skip
+PROGRAMS = {"bash", "bash (interactive)", "bash (runs a program)", "git status", "git commit", "python3", "pip"}
+PROGRAMS |= {"login", SETPRIV}
 
 
 def _permitting(*names: str, default: str = "SCMP_ACT_ERRNO", **more: object) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from vmsandbox.policy.globs import is_glob
-from vmsandbox.policy.places import USUALLY_WRITABLE, covers, inside, inside_any
+from vmsandbox.policy.places import USUALLY_WRITABLE, covers, inside, inside_any, mount_over
 from vmsandbox.policy.rendering import plain_duration, plain_size
 from vmsandbox.policy.values import (
     CommandsPolicy,
@@ -85,17 +85,19 @@ def _grade(before: str | None, after: str | None) -> Iterator[str]:
 
 
 def _filesystem(before: FilesystemPolicy, after: FilesystemPolicy) -> Iterator[str]:
+    unsaid = bool(before.allowed_paths) and not after.allowed_paths and "/" not in before.allowed_paths
+    if unsaid:
+        yield "filesystem.allowed_paths: all that the worker owns may be written"
     for path in writable(after):
-        if not may_write(before, path):
+        if not may_write(before, path) and not (unsaid and path in USUALLY_WRITABLE):
             yield f"filesystem: {path} may be written"
     if before.read_only and not after.read_only and "./" not in writable(after) and may_write(after, "./"):
         yield "filesystem: the project may be written"
     for pattern in before.denied_paths:
         if not _denied_by(pattern, after.denied_paths):
             yield f"filesystem.denied_paths: {pattern} is no longer denied"
-    mounts = {one.path: one for one in after.tmpfs}
     for was in before.tmpfs:
-        now = mounts.get(was.path)
+        now = mount_over(was.path, after.tmpfs)
         if now is None and may_write(after, was.path):
             yield f"filesystem.tmpfs: {was.path} is no longer limited"
         elif now and now.size > was.size:

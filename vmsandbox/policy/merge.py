@@ -18,7 +18,7 @@ from typing import TypeVar
 from vmsandbox.errors import RefusedError
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.merge_network import merge_network
-from vmsandbox.policy.places import common, inside, inside_any
+from vmsandbox.policy.places import common, inside, inside_any, mount_over
 from vmsandbox.policy.return_rules import narrowed
 from vmsandbox.policy.values import (
     CommandsPolicy,
@@ -152,26 +152,24 @@ def may_write(layer: Layer, path: str) -> bool:
 
 
 def _tmpfs(outer: Layer, inner: Layer) -> tuple[Tmpfs, ...]:
-    """A tmpfs is a place to write, too: each stays only where the other layer has one, or lets be written."""
-    ours = {one.path: one for one in outer.policy.filesystem.tmpfs}
-    theirs = {one.path: one for one in inner.policy.filesystem.tmpfs}
-    found = []
-    for path in (*ours, *(path for path in theirs if path not in ours)):
-        one, other = ours.get(path), theirs.get(path)
-        if one and other:
-            found.append(Tmpfs(path, min(one.size, other.size), one.exec and other.exec))
-        elif one and _may_mount(inner, path):
-            found.append(one)
-        elif other and _may_mount(outer, path):
-            found.append(other)
-    return tuple(found)
+    """A tmpfs is a place to write, too: each stays only where the other layer lets be written.
+
+    One below a tmpfs of the other layer stays within its limits: no more room, no programs where there were none.
+    """
+    ours, theirs = outer.policy.filesystem.tmpfs, inner.policy.filesystem.tmpfs
+    found: dict[str, Tmpfs] = {}
+    for mounts, other in ((ours, inner), (theirs, outer)):
+        for one in mounts:
+            around = mount_over(one.path, other.policy.filesystem.tmpfs)
+            if around:
+                found[one.path] = Tmpfs(one.path, min(one.size, around.size), one.exec and around.exec)
+            elif _may_mount(other, one.path):
+                found[one.path] = one
+    return tuple(found.values())
 
 
 def _may_mount(layer: Layer, path: str) -> bool:
     section = layer.policy.filesystem
-    # On purpose not below a tmpfs of the layer's: its limits would not hold there.
-    if any(inside(path, one.path) for one in section.tmpfs):
-        return False
     return not section.allowed_paths or inside_any(path, section.allowed_paths)
 
 

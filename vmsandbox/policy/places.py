@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from vmsandbox.policy.values import Tmpfs
 from vmsandbox.spec import PROJECTS, WORKER_HOME
 
 # A project has a name of its own below PROJECTS; no path that a person writes has this one.
@@ -39,6 +40,11 @@ def common(ours: Iterable[str], theirs: Iterable[str]) -> tuple[str, ...]:
 def _one_name_each(paths: Iterable[str]) -> list[str]:
     """Two names of one place count once."""
     return list({_absolute(path): path for path in reversed(list(paths))}.values())[::-1]
+
+
+def mount_over(path: str, mounts: Iterable[Tmpfs]) -> Tmpfs | None:
+    """The mount that a path lies in, the innermost one."""
+    return max((one for one in mounts if inside(path, one.path)), key=lambda one: len(one.path), default=None)
 
 
 def covers(wider: str, narrower: str) -> bool:

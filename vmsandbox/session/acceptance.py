@@ -151,11 +151,11 @@ def accept(returned: Returned, selection: Selection, by: str, attended: bool = F
         HostError: it could not be written; nothing was.
     """
     record = returned.record
-    if selection.choices and not attended:
-        _refuse_more_than_allowed(returned, selection)
     todo = operations(returned.review, selection, returned.base, returned.old, returned.quarantine)
     if not todo:
         raise UserInputError("nothing was chosen")
+    if not attended:
+        _refuse_more_than_allowed(returned, selection)
     paths = [operation.path for operation in todo]
     with (record.folder / "accepted.jsonl").open("a") as file:
         file.write(_line(selection, by, todo))
