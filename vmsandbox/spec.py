@@ -68,7 +68,7 @@ class GuestLimits:
     """What one fork may use of the host. Its template knows nothing of it; None: no limit.
 
     disk_bytes: size of its overlay's file. write_rate: bytes a second to its disk.
-    memory_reserved_mib: what it has at once; the rest of its memory only when it has run out (a balloon).
+    memory_reserved_mib: what it keeps while its host is short of memory (a balloon takes the rest meanwhile).
     """
 
     disk_bytes: int | None = None

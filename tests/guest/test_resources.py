@@ -22,6 +22,8 @@ from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.policy.values import Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.session import sandbox as sandbox_module
+from vmsandbox.session.background import background_is_alive
+from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
@@ -319,18 +321,33 @@ def test_the_hosts_output_of_a_flood_is_not_kept(other: Guest) -> None:
 # -- ballooning --------------------------------------------------------------------------------------------
 
 
-def test_a_balloon_gives_back_and_takes_again(cli: Cli) -> None:
+def test_a_balloon_takes_and_gives_back(cli: Cli, tmp_path: Path) -> None:
     resources = ResourcesPolicy(memory=512 * MIB, memory_reserved=320 * MIB)
-    request = SessionRequest(
-        name=f"b-{uuid.uuid4().hex[:6]}", policy=Policy(resources=resources), allow_emulation=True, keep=True
-    )
+    name = f"b-{uuid.uuid4().hex[:6]}"
+    request = SessionRequest(name=name, policy=Policy(resources=resources), allow_emulation=True, keep=True)
     sandbox = Sandbox.open(request=request, layout=cli.layout)
+    host = Host.open()
     try:
         sandbox.disconnect()
         guest = cli.guest(sandbox.name)
-        available = "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo"
-        wait_for(lambda: int(guest.sh(available)) < 330, timeout=60, every=0.5)
-        grab = "a = [b'x' * (1 << 20) for _ in range(330)]; print(len(a))"
-        assert guest.sh(f'python3 -c "{grab}"', timeout=300) == "330", "what it needs it gets back"
+        assert background_is_alive(guest.folder, "watcher")
+
+        def actual() -> int:
+            return int(host.qmp(guest.info.uuid, "query-balloon")["actual"]) // MIB
+
+        assert actual() == 512, "nothing is taken while the host has enough"
+        free = "awk '/MemFree/ {print int($2 / 1024)}' /proc/meminfo"
+        before = int(guest.sh(free))
+        meminfo = tmp_path / "meminfo"
+        balloon = Balloon(guest.info.uuid, 512, 320, meminfo)
+        meminfo.write_text("MemTotal: 1000 kB\nMemAvailable: 50 kB\n")
+        balloon.look()
+        wait_for(lambda: actual() == 320, timeout=60, every=0.2)
+        assert int(guest.sh(free)) < before - 100
+        meminfo.write_text("MemTotal: 1000 kB\nMemAvailable: 500 kB\n")
+        balloon.look()
+        wait_for(lambda: actual() == 512, timeout=60, every=0.2)
+        assert int(guest.sh(free)) > before - 60
     finally:
+        host.close()
         assert sandbox.close() == []

@@ -23,6 +23,7 @@ from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
+from vmsandbox.session.balloon import Balloon, share_available
 from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id, process_started
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
@@ -76,7 +77,7 @@ def test_an_option_narrows_and_never_widens() -> None:
         (ResourcesPolicy(memory=255 * MIB), "memory"),
         (ResourcesPolicy(vcpus=0), "vcpus"),
         (ResourcesPolicy(vcpus=65), "vcpus"),
-        (ResourcesPolicy(disk=127 * MIB), "disk"),
+        (ResourcesPolicy(disk=63 * MIB), "disk"),
         (ResourcesPolicy(write_rate=1000), "write_rate"),
         (ResourcesPolicy(memory_reserved=100 * MIB), "memory_reserved"),
     ],
@@ -95,9 +96,21 @@ def test_a_reservation_of_all_memory_needs_no_balloon() -> None:
 
 def test_the_file_system_is_full_before_its_disk_is() -> None:
     assert disk_free_of(GuestLimits()) is None
-    for disk in (128 * MIB, 1 << 30, 1 << 40):
+    for disk in (64 * MIB, 1 << 30, 1 << 40):
         free = disk_free_of(GuestLimits(disk))
-        assert free is not None and disk * 0.6 < free < disk * 0.9
+        assert free is not None and disk * 0.3 < free < disk * 0.9
+
+
+def test_memory_is_taken_back_while_the_host_is_short_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Balloon, "_set", lambda _self, mib: told.append(mib))
+    balloon = Balloon("uuid", 1024, 512, tmp_path / "meminfo")
+    for available in (900, 150, 99, 50, 150, 199, 201, 900):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 1000 kB\nMemAvailable: {available} kB\n")
+        balloon.look()
+    assert told == [512, 1024]
+    for broken in ("", "MemTotal: 0 kB\nMemAvailable: 0 kB", "x", "MemTotal: y"):
+        assert share_available(broken) == 1.0
 
 
 @pytest.mark.parametrize("wanted", [None, "emulated", "separated", "isolated"])
@@ -155,7 +168,8 @@ def test_values_that_may_not_be(value: str) -> None:
 
 def test_the_chosen_locale_is_not_outweighed() -> None:
     assert guest_environment({"A": "b"})["sshd"] == 'SetEnv "LANG=C.UTF-8" "LC_ALL=C.UTF-8" "A=b"\n'
-    assert guest_environment({"LANG": "de_DE.UTF-8"})["sshd"] == 'SetEnv "LANG=de_DE.UTF-8"\n'
+    assert guest_environment({"LANG": "de_DE.UTF-8"})["sshd"] == 'SetEnv "LANG=de_DE.UTF-8" "LC_ALL=C.UTF-8"\n'
+    assert guest_environment({"LC_TIME": "C"})["sshd"] == 'SetEnv "LANG=C.UTF-8" "LC_TIME=C"\n'
     chosen = {"LC_TIME": "C", "https_proxy": "http://elsewhere"}
     network = guest_network("CERT", "http://127.0.0.1:3128", {}, {}, forwarded=True, chosen=chosen)
     assert "LC_ALL" not in network["sshd"] and "elsewhere" not in network["sshd"]

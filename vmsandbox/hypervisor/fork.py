@@ -109,8 +109,6 @@ def start_fork(
             memory.wait()
             load_state(host, plan.uuid, template.state)
             host.resume(plan.uuid)
-            if request.limits.memory_reserved_mib is not None:
-                host.set_memory(plan.uuid, request.limits.memory_reserved_mib)
         except BaseException:
             control.close()
             raise

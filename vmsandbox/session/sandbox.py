@@ -137,8 +137,9 @@ class Sandbox:
                     backup.result()
                 if sandbox._network is not None:
                     sandbox._network.wait_for_keeper()
-                if needs_watcher(asked.policy.session):
-                    start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner)
+                reserved = prepared.limits.memory_reserved_mib
+                if needs_watcher(asked.policy.session, reserved):
+                    start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner, reserved)
             except BaseException as error:
                 sandbox._failed(error)
                 raise

@@ -24,6 +24,7 @@ from vmsandbox.journal import events
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
+from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
@@ -70,6 +71,7 @@ class _Watch:
         self._time: float | None = told["time"]
         self._idle: float | None = told["idle"]
         self._check = Healthcheck(tuple(told["health"][0]), *told["health"][1:]) if told["health"] else None
+        self._reserved: int | None = told["reserved"]
         self._ending = ending
 
     def run(self) -> None:
@@ -104,12 +106,14 @@ class _Watch:
             poller = select.poll()
             poller.register(qemu, select.POLLIN)
             poller.register(self._ending, select.POLLIN)
+            balloon = Balloon(info.uuid, info.memory_mib, self._reserved) if self._reserved else None
             began = active = time.monotonic()
             noted = self._noted()
             while True:
-                limits = [limit for limit in (self._time, self._idle) if limit is not None]
-                if poller.poll(1000 * min(_LOOK, *(limit / 10 for limit in limits)) if limits else None):
+                if poller.poll(self._pause()):
                     return None
+                if balloon is not None:
+                    balloon.look()
                 now = time.monotonic()
                 # By the change and not by the clock, which may be set.
                 if (latest := self._noted()) != noted:
@@ -122,6 +126,11 @@ class _Watch:
                     return "idle"
         finally:
             os.close(qemu)
+
+    def _pause(self) -> float | None:
+        """Milliseconds until the next look; None: there is nothing to look at."""
+        limits = [limit / 10 for limit in (self._time, self._idle) if limit is not None]
+        return 1000 * min(_LOOK, *limits) if limits else 1000 * _LOOK if self._reserved else None
 
     def _noted(self) -> int | None:
         with suppress(OSError):

@@ -20,12 +20,19 @@ KIND = "watcher"
 COLLECT_SECONDS = 120.0
 
 
-def needs_watcher(policy: SessionPolicy) -> bool:
-    """Whether there is something to watch."""
-    return policy.time is not None or policy.idle is not None or policy.healthcheck is not None
+def needs_watcher(policy: SessionPolicy, reserved_mib: int | None = None) -> bool:
+    """Whether there is something to watch. reserved_mib: what a guest with a balloon keeps."""
+    asked = (policy.time, policy.idle, policy.healthcheck, reserved_mib)
+    return any(one is not None for one in asked)
 
 
-def start_watcher(folder: SessionFolder, info: SessionInfo, policy: SessionPolicy, programs: Programs) -> None:
+def start_watcher(
+    folder: SessionFolder,
+    info: SessionInfo,
+    policy: SessionPolicy,
+    programs: Programs,
+    reserved_mib: int | None = None,
+) -> None:
     """Watch over a session that is ready, from now on. Raises HostError if the process cannot be started."""
     if policy.idle is not None:
         activity_file(folder).touch(0o600)
@@ -34,6 +41,7 @@ def start_watcher(folder: SessionFolder, info: SessionInfo, policy: SessionPolic
         "id": info.id,
         "time": policy.time,
         "idle": policy.idle,
+        "reserved": reserved_mib,
         "health": [list(check.test), check.interval, check.timeout, check.retries] if check else None,
     }
     _pid, to, said = start_background(folder, KIND, "watcher", told, programs)
