@@ -275,7 +275,8 @@ time.sleep(60)"""
         with closing(Other(inside)) as other:
             assert other.sh("echo alive") == "alive"
             assert control_answers(inside)
-            other.sh("pkill -9 python3; for n in $(seq 200); do pgrep python3 >/dev/null || break; sleep 0.1; done")
+            left = "pgrep -u claude-worker python3 >/dev/null"
+            other.sh(f"pkill -9 python3; for n in $(seq 200); do {left} || break; sleep 0.1; done")
     finally:
         channel.close()
 
