@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Layout:
                 records=base / "records",
                 run=base / "run",
                 cache=base / "cache",
-                config=base / "config",
+                config=config_folder(env, user),
             )
         elif user == 0:
             base = Path("/var/lib/vmsandbox")
@@ -73,7 +74,7 @@ class Layout:
                 records=base / "records",
                 run=Path("/run/vmsandbox"),
                 cache=Path("/var/cache/vmsandbox"),
-                config=Path("/etc/vmsandbox"),
+                config=config_folder(env, user),
             )
         else:
             person = Path(env.get("HOME") or "~").expanduser()
@@ -88,7 +89,7 @@ class Layout:
                 records=state / "records",
                 run=Path(run) / "vmsandbox" if run else state / "run",
                 cache=cache,
-                config=Path(env.get("XDG_CONFIG_HOME") or person / ".config") / "vmsandbox",
+                config=config_folder(env, user),
             )
         longest = len(os.fsencode(layout.run)) + 1 + 40 + _SOCKET_NAME_ROOM
         if longest > MAX_SOCKET_PATH:
@@ -98,6 +99,17 @@ class Layout:
                 resolution="set XDG_RUNTIME_DIR (or VMSANDBOX_HOME) to a folder with a shorter path",
             )
         return layout
+
+
+def config_folder(environ: Mapping[str, str] | None = None, uid: int | None = None) -> Path:
+    """`Layout.config` alone, also where a session would have no room for its sockets."""
+    env = os.environ if environ is None else environ
+    if home := env.get("VMSANDBOX_HOME"):
+        return Path(home).absolute() / "config"
+    if (os.getuid() if uid is None else uid) == 0:
+        return Path("/etc/vmsandbox")
+    person = Path(env.get("HOME") or "~").expanduser()
+    return Path(env.get("XDG_CONFIG_HOME") or person / ".config") / "vmsandbox"
 
 
 def checked_session_name(name: str) -> str:

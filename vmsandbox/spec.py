@@ -51,6 +51,7 @@ class GuestShape:
 
     memory_mib: RAM in MiB. vcpus: virtual processors. ssh_ports: how many SSH connections at once.
     card: whether there is an empty slot into which a fork's network card is plugged (`--net filtered`).
+    balloon: whether it gives memory back to the host (`GuestLimits.memory_reserved_mib`).
     """
 
     accelerator: Accelerator
@@ -59,8 +60,23 @@ class GuestShape:
     ssh_ports: int = 6
     machine: str = "q35"
     card: bool = False
+    balloon: bool = False
 
 
+@dataclass(frozen=True)
+class GuestLimits:
+    """What one fork may use of the host. Its template knows nothing of it; None: no limit.
+
+    disk_bytes: size of its overlay's file. write_rate: bytes a second to its disk.
+    memory_reserved_mib: what it has at once; the rest of its memory only when it has run out (a balloon).
+    """
+
+    disk_bytes: int | None = None
+    write_rate: int | None = None
+    memory_reserved_mib: int | None = None
+
+
+NO_LIMITS = GuestLimits()
 WORKER = "claude-worker"
 WORKER_UID = 1000  # cloudinit/user-data.yaml
 WORKER_HOME = f"/home/{WORKER}"

@@ -23,6 +23,7 @@ from vmsandbox.broker.environment import make_environment
 from vmsandbox.hypervisor.console import ConsoleTail
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import resource_folder
+from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session import plan
 from vmsandbox.session.plan import SessionRequest
@@ -132,13 +133,14 @@ def rooted_cloudinit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def rooted(cli: Cli, rooted_cloudinit: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], RootedGuest]]:
+def rooted(cli: Cli, rooted_cloudinit: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RootedGuest]]:
     """Makes guests whose root is in the test's hands."""
     monkeypatch.setattr(plan, "resource_folder", lambda _name: rooted_cloudinit)
     with ExitStack() as stack:
 
-        def make() -> RootedGuest:
-            request = SessionRequest(name=f"r-{uuid.uuid4().hex[:8]}", allow_emulation=True, keep=True)
+        def make(policy: Policy | None = None) -> RootedGuest:
+            name = f"r-{uuid.uuid4().hex[:8]}"
+            request = SessionRequest(name=name, policy=policy or Policy(), allow_emulation=True, keep=True)
             sandbox = Sandbox.open(request=request, layout=cli.layout)
             sandbox.disconnect()
             guest = RootedGuest(cli, sandbox.name)

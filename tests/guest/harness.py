@@ -179,8 +179,10 @@ def leftovers(home: Path) -> set[str]:
             command = (process / "cmdline").read_bytes()
             if b"qemu-system" in command.split(b"\0")[0] and os.fsencode(home) + b"/" in command:
                 found.add(f"QEMU {process.name}")
-            elif os.fsencode(home) + b"/" in command and (b"egress_keeper" in command or b"broker.child" in command):
-                found.add(f"network process {process.name}")
+            elif os.fsencode(home) + b"/" in command and any(
+                name in command for name in (b"egress_keeper", b"session.watcher", b"broker.child")
+            ):
+                found.add(f"session's process {process.name}")
             elif process.stat().st_uid >= 0x70000000 and command.startswith((b"cat\0", b"/bin/cat", b"/usr/bin/cat")):
                 found.add(f"keeper {process.name}")
         except OSError:

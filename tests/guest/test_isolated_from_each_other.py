@@ -141,7 +141,7 @@ def test_nothing_of_the_host_is_mounted(guest: Guest) -> None:
     assert {mount[1].split("[")[0] for mount in mounts if mount[0] == "ext4"} == {"/dev/vda"}
     assert guest.sh("ls /sys/block").split() == ["vda"]
     bound = guest.sh("find /sys/bus/virtio/drivers -type l -name 'virtio*' | cut -d/ -f6").split()
-    assert sorted(set(bound)) == ["virtio_balloon", "virtio_blk", "virtio_console"]
+    assert sorted(set(bound)) == ["virtio_blk", "virtio_console"]
 
 
 def test_the_hosts_environment_does_not_come_along(cli: Cli, guest: Guest) -> None:

@@ -87,3 +87,65 @@ def test_propose_prints_a_policy_that_loads(folder: Path, short_home: Path) -> N
     assert run(folder, "diff", "a.yaml", "new.yaml").returncode == 1
     nothing = run(folder, "propose", "no-such-session", home=short_home)
     assert nothing.returncode == 125 and "no-such-session" in nothing.stderr
+
+
+def test_a_persons_own_file_holds_too_and_show_says_where_values_are_from(folder: Path, short_home: Path) -> None:
+    (short_home / "config").mkdir(parents=True)
+    (short_home / "config/policy.yaml").write_text(
+        "sandbox: {network: {mode: proxy, allowed_hosts: [pypi.org]}, resources: {memory: 1G}}\n"
+    )
+    (folder / "c.yaml").write_text(
+        "sandbox:\n  resources:\n    memory: 2G\n  session: {environment: [EDITOR]}\n"
+        "  network: {mode: proxy, allowed_hosts: [pypi.org, example.org]}\n"
+    )
+    shown = run(folder, "show", "c.yaml", home=short_home).stdout
+    (memory,) = [line for line in shown.splitlines() if " memory:" in line]
+    assert memory.split("#")[0].strip() == "memory: 1G" and memory.endswith("config/policy.yaml:1")
+    assert "each request has to be allowed by" in shown
+    told = json.loads(run(folder, "show", "c.yaml", "--json", home=short_home).stdout)
+    assert told["policy"]["resources"]["memory"] == "1G" and told["origins"]["session.environment[0]"] == ["c.yaml:4"]
+    assert [one["pattern"] for one in told["within"][0]["allow"]] == ["pypi.org"]
+    checked = run(folder, "check", "c.yaml", home=short_home).stdout
+    assert "WARNING: sandbox.resources.memory does not hold" in checked
+    assert "WARNING: sandbox.network.allowed_hosts[1] allows nothing of example.org" in checked
+    assert "granted only to a policy that is named with --policy: sandbox.session.environment" in checked
+    assert run(folder, "show", home=short_home).returncode == 0
+    (short_home / "config/policy.yaml").write_text("sandbox: {netwrok: {}}\n")
+    assert run(folder, "show", "c.yaml", home=short_home).returncode == 125
+
+
+def test_sign_writes_a_signature_beside_the_policy(folder: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
+    done = run(folder, "sign", "a.yaml", "--key", "key")
+    assert done.returncode == 0 and done.stdout == "a.yaml.sig\n"
+    signed = (folder / "a.yaml.sig").read_bytes()
+    assert signed.startswith(b"-----BEGIN SSH SIGNATURE-----")
+    public = (folder / "key.pub").read_text()
+    (folder / "signers").write_text(f"somebody {public}")
+    check = [
+        "ssh-keygen",
+        "-Y",
+        "verify",
+        "-n",
+        "vmsandbox-policy",
+        "-I",
+        "somebody",
+        "-f",
+        "signers",
+        "-s",
+        "a.yaml.sig",
+    ]
+    done_by_hand = subprocess.run(check, input=NARROW.encode(), cwd=folder, capture_output=True, check=False)
+    assert done_by_hand.returncode == 0
+    assert run(folder, "sign", "a.yaml", "--key", "no-key").returncode == 125
+
+
+def test_diff_is_of_the_whole_policy(folder: Path) -> None:
+    (folder / "c.yaml").write_text(NARROW.replace("}}\n", "}, commands: {allowed: [git]}, resources: {vcpus: 1}}\n"))
+    wider = run(folder, "diff", "c.yaml", "a.yaml")
+    assert (
+        wider.returncode == 1
+        and "+ commands.allowed: any command" in wider.stdout
+        and "resources.vcpus" in wider.stdout
+    )
+    assert run(folder, "diff", "a.yaml", "c.yaml").returncode == 0

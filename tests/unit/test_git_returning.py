@@ -12,12 +12,15 @@ import pytest
 from git_repositories import commit, commit_text, git, handmade_pack, make_repository, pack_of, state_of, text
 
 from vmsandbox.errors import GuestError, HostError
+from vmsandbox.git import touching
 from vmsandbox.git.landing import land
 from vmsandbox.git.names import is_git_folder, is_plain_branch
 from vmsandbox.git.objects import TreeEntry, encode_tree, object_id
 from vmsandbox.git.quarantine import Given, PackLimits, Submodule, quarantine
+from vmsandbox.git.touching import Denied
 from vmsandbox.policy.gitrun import GitLimits, HostGit
 from vmsandbox.process import Programs
+from vmsandbox.review.returning import DeniedReturns
 from vmsandbox.session.commits import parse_untrusted_branches, receive_untrusted
 
 SESSION = "20260102-030405-t-abcdef"
@@ -436,3 +439,101 @@ def test_a_repository_with_sha256(tmp_path: Path) -> None:
         assert sound.with_name(sound.name + ".idx").exists()
         land(HostGit(Programs(), host / ".git"), host / ".git", sound, SESSION, {"main": tip})
     assert text(host, "rev-parse", f"refs/vmsandbox/{SESSION}/main") == tip
+
+
+# -- places that nothing comes back from ---------------------------------------------------------------------
+
+
+def left_out(tmp_path: Path, guest: Path, given: Given | None, base: str, *branches: str) -> dict[str, str]:
+    """Branch → the denied path that it touches; and what passed must be in the pack that goes on."""
+    tips = {branch: text(guest, "rev-parse", branch) for branch in branches}
+    record = tmp_path / "record"
+    record.mkdir(exist_ok=True)
+    denied = Denied(base, DeniedReturns((".github/", "*.pem")).rule)
+    with quarantine(record, "sha1", PackLimits(), Programs(), given) as held:
+        held.pack.write_bytes(pack_of(guest, *tips.values(), *([f"^{base}"] if given else [])))
+        sound, _ = held.sound_pack(tips.values(), denied)
+        packed = text(tmp_path, "show-index", stdin=sound.with_name(sound.name + ".idx").read_bytes())
+    for branch, oid in tips.items():
+        assert (oid in packed) == (oid not in held.left_out), branch
+    found = {branch: held.left_out[oid] for branch, oid in tips.items() if oid in held.left_out}
+    return {branch: touched.path if touched else "?" for branch, touched in found.items()}
+
+
+@pytest.fixture
+def workflows(tmp_path: Path) -> Path:
+    return make_repository(tmp_path / "host", {"a": "1", ".github/w/ci.yml": "old", "d/e/f": "1"})
+
+
+@pytest.mark.parametrize(
+    ("files", "touched"),
+    [
+        ({"a": "2", "new/x": "1"}, None), ({".github/w/ci.yml": "new"}, ".github"), ({".github/x": "1"}, ".github"),
+        ({"d/e/key.pem": "1"}, "d/e/key.pem"), ({"deep/.github/x": "1"}, "deep/.github"),
+        ({"d/.GitHub": "1"}, "d/.GitHub"),
+    ],
+)  # fmt: skip
+def test_a_branch_that_touches_a_denied_place_stays_out(
+    workflows: Path, tmp_path: Path, files: dict[str, str], touched: str | None
+) -> None:
+    given = given_all(workflows)
+    guest = clone(workflows, tmp_path / "guest")
+    git(guest, "checkout", "-q", "-b", "work")
+    commit(guest, files)
+    git(guest, "checkout", "-q", "-b", "fine", given.base)
+    commit(guest, {"d/e/f": "2"})
+    found = left_out(tmp_path, guest, given, given.base, "work", "fine")
+    assert found == ({"work": touched} if touched else {})
+
+
+def test_a_touch_that_was_taken_back_counts(workflows: Path, tmp_path: Path) -> None:
+    given = given_all(workflows)
+    guest = clone(workflows, tmp_path / "guest")
+    commit(guest, {".github/w/ci.yml": "evil"})
+    commit(guest, {".github/w/ci.yml": "old"})
+    commit(guest, {"a": "harmless"})
+    assert left_out(tmp_path, guest, given, given.base, "main") == {"main": ".github"}
+    git(guest, "checkout", "-q", "-b", "gone", given.base)
+    git(guest, "rm", "-q", "-r", ".github")
+    git(guest, "commit", "-q", "-m", "gone")
+    assert left_out(tmp_path, guest, given, given.base, "gone") == {"gone": ".github"}
+
+
+def test_a_merge_brings_no_old_state_back(workflows: Path, tmp_path: Path) -> None:
+    """A side branch of before a fix, merged so that the fix is gone: no commit of its own has touched it."""
+    commit(workflows, {".github/w/ci.yml": "fixed"})
+    given = given_all(workflows)
+    guest = clone(workflows, tmp_path / "guest")
+    git(guest, "checkout", "-q", "-b", "side", "HEAD~")
+    commit(guest, {"a": "2"})
+    assert left_out(tmp_path, guest, given, given.base, "side") == {}
+    git(guest, "merge", "-q", "-s", "ours", "-m", "m", "main")
+    assert left_out(tmp_path, guest, given, given.base, "side") == {"side": ".github"}
+
+
+def test_a_snapshot_that_the_guest_builds_on_has_touched_nothing(workflows: Path, tmp_path: Path) -> None:
+    base = text(workflows, "rev-parse", "HEAD")
+    guest = commit(clone(workflows, tmp_path / "guest"), {"a": "2"})
+    assert left_out(tmp_path, guest, None, base, "main") == {}
+    other = make_repository(tmp_path / "other", {"a": "2", ".github/w/ci.yml": "old"})
+    assert left_out(tmp_path, other, None, base, "main") == {"main": ".github"}
+
+
+def test_a_tree_with_endless_paths_is_given_up(host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty levels, each of which has the one below it ten times."""
+    monkeypatch.setattr(touching, "_MOST_ENTRIES", 20_000)
+    objects: list[tuple[str, bytes]] = [("blob", b"x")]
+    entry, mode = object_id("blob", b"x", "sha1"), 0o100644
+    for _ in range(40):
+        tree = encode_tree([TreeEntry(mode, b"%d" % number, entry) for number in range(10)])
+        objects.append(("tree", tree))
+        entry, mode = object_id("tree", tree, "sha1"), 0o040000
+    given = given_all(host)
+    pack = tmp_path / "bomb.pack"
+    tip = handmade_pack(pack, *objects, ("commit", commit_text(entry.hex(), given.base)))[-1]
+    record = tmp_path / "record"
+    record.mkdir()
+    with quarantine(record, "sha1", PackLimits(), Programs(), given) as held:
+        held.pack.write_bytes(pack.read_bytes())
+        held.sound_pack([tip], Denied(given.base, DeniedReturns((".github/",)).rule))
+    assert held.left_out == {tip: None}

@@ -11,7 +11,7 @@ import pytest
 
 from vmsandbox.errors import RefusedError
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
-from vmsandbox.spec import Accelerator
+from vmsandbox.spec import Accelerator, GuestLimits
 
 LIVE = (Path(__file__).parent / "data" / "live_q35.xml").read_text()
 DATA, RUN = Path("/var/lib/vmsandbox"), Path("/run/vmsandbox/sample")
@@ -42,6 +42,7 @@ EXPECTED = ExpectedDevices(
         "-object", f"memory-backend-file,id=vmram,mem-path={DATA}/live/sample/ram,size=64M,share=on",
         "-machine", "memory-backend=vmram",
     ),
+    balloon=True,
 )  # fmt: skip
 
 QEMU = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
@@ -239,3 +240,45 @@ def test_all_differences_are_listed() -> None:
     details = refusal(xml).details
     assert "sound" in details
     assert "'/k'" in details
+
+
+def test_a_balloon_that_nobody_asked_for_is_refused() -> None:
+    assert "memballoon" in refusal(LIVE, replace(EXPECTED, balloon=False)).details
+    none = changed("devices/memballoon", lambda element: element.set("model", "none"))
+    check_live_xml(none, replace(EXPECTED, balloon=False))
+    assert "memballoon" in refusal(none).details
+
+
+SLICES = "<slices><slice type='storage' offset='0' size='{}'/></slices>"
+TUNED = "<iotune><write_bytes_sec>{}</write_bytes_sec>{}</iotune>"
+
+
+def limited_disk(size: int | None, rate: int | None, more: str = "", policy: str | None = "report") -> str:
+    def change(disk: ET.Element) -> None:
+        source, driver = disk.find("source"), disk.find("driver")
+        assert source is not None and driver is not None
+        if size is not None:
+            source.append(ET.fromstring(SLICES.format(size)))
+        if policy is not None:
+            driver.set("error_policy", policy)
+        if rate is not None:
+            disk.append(ET.fromstring(TUNED.format(rate, more)))
+
+    return changed("devices/disk", change)
+
+
+def test_the_limits_of_the_disk_are_exactly_those_asked_for() -> None:
+    wanted = replace(EXPECTED, limits=GuestLimits(disk_bytes=1 << 30, write_rate=5_000_000))
+    check_live_xml(limited_disk(1 << 30, 5_000_000), wanted)
+    for xml, what in (
+        (LIVE, "part of the disk's file"),
+        (limited_disk(1 << 31, 5_000_000), "part of the disk's file"),
+        (limited_disk(1 << 30, None), "rates of the disk"),
+        (limited_disk(1 << 30, 6_000_000), "rates of the disk"),
+        (limited_disk(1 << 30, 5_000_000, "<write_bytes_sec_max>9</write_bytes_sec_max>"), "rates of the disk"),
+        (limited_disk(1 << 30, 5_000_000, policy=None), "error policy"),
+    ):
+        assert what in refusal(xml, wanted).details
+    assert "part of the disk's file" in refusal(limited_disk(1 << 30, None)).details, "nobody asked for it"
+    backing = changed("devices/disk/backingStore/source", lambda e: e.append(ET.fromstring(SLICES.format(1))))
+    assert "slices" in refusal(backing).details

@@ -15,7 +15,7 @@ from vmsandbox.errors import HostError
 from vmsandbox.paths import resource_folder
 from vmsandbox.render.domain import DiskImage, DomainPlan, render_domain
 from vmsandbox.render.seed import render_seed
-from vmsandbox.spec import Accelerator, GuestShape
+from vmsandbox.spec import Accelerator, GuestLimits, GuestShape
 
 Golden = Callable[[str, str], None]
 HOME = Path("/var/lib/vmsandbox")
@@ -48,6 +48,11 @@ VARIANTS = {
     "fork-copied": dataclasses.replace(FORK, ram=HOME / "live/demo/vm/ram", run_as=None),
     "fork-readonly": dataclasses.replace(FORK, ram=HOME / "templates/key/ram", ram_readonly=True),
     "fork-kvm": dataclasses.replace(FORK, shape=dataclasses.replace(FORK.shape, accelerator=Accelerator.KVM)),
+    "fork-limited": dataclasses.replace(
+        FORK,
+        shape=dataclasses.replace(FORK.shape, balloon=True),
+        limits=GuestLimits(disk_bytes=1 << 30, write_rate=50 << 20, memory_reserved_mib=256),
+    ),
     "template": dataclasses.replace(
         FORK,
         name="vmsandbox-template-11111111",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from vmsandbox.hypervisor import template as module
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.hypervisor.launch import Machine
 from vmsandbox.hypervisor.making import obtain_template
+from vmsandbox.hypervisor.tailoring import TailorPlan
 from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, TemplateStore
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
+from vmsandbox.session.gc import unused_templates
 from vmsandbox.spec import Accelerator, GuestShape
 
 IMAGE = ImageFiles("base", "a" * 64, Path("/i/root.ext4"), Path("/i/vmlinuz"), Path("/i/initrd"))
@@ -33,7 +36,7 @@ def plan_of(**fields: Any) -> TemplatePlan:
     return dataclasses.replace(plan, **fields)
 
 
-def publish(store: TemplateStore, key: str) -> Path:
+def publish(store: TemplateStore, key: str, base: str | None = None) -> Path:
     """What `_make` leaves behind, without a guest."""
     folder = store.folder / key
     folder.mkdir(parents=True)
@@ -44,6 +47,7 @@ def publish(store: TemplateStore, key: str) -> Path:
         "digests": {name: sha256_of(folder / name) for name in names},
         "stamps": {name: stamp_of(folder / name) for name in names},
         "seconds": 1.0,
+        "base": base,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -156,3 +160,41 @@ def test_one_in_the_making_is_not_found(layout: Layout) -> None:
     store = TemplateStore(layout)
     publish(store, ".making-1")
     assert store.list() == [] and store.find("k") is None
+
+
+def test_one_that_was_tailored_stands_on_its_base_and_changes_with_it(layout: Layout) -> None:
+    store = TemplateStore(layout)
+    base, tailored = publish(store, "base"), publish(store, "tailored", "base")
+    found = store.find("tailored")
+    assert found is not None and found.base is not None
+    assert found.disks == (tailored / module.DISK, base / module.DISK)
+    (base / module.DISK).write_bytes(b"another first boot")
+    with pytest.raises(ImageError, match="was changed"):
+        store.find("tailored")
+    store.remove("base")
+    assert store.find("tailored") is None
+
+
+def test_the_key_of_one_that_was_tailored_changes_with_the_policy_and_the_base(layout: Layout) -> None:
+    store = TemplateStore(layout)
+    bases = []
+    for key in ("one", "other"):
+        publish(store, key)
+        found = store.find(key)
+        assert found is not None
+        bases.append(found)
+    plan = plan_of()
+    keys = {TailorPlan(base, plan, message).key for base in bases for message in ({"a": 1}, {"a": 2})}
+    assert len(keys) == 4
+    assert TailorPlan(bases[0], plan, {"a": 1}).key == TailorPlan(bases[0], plan, {"a": 1}).key in keys
+
+
+def test_a_base_is_removed_after_what_stands_on_it(layout: Layout) -> None:
+    store = TemplateStore(layout)
+    for key, base in (("a-base", None), ("b-tailored", "a-base"), ("c-other", None), ("d-tailored", "c-other")):
+        publish(store, key, base)
+    month = 31 * 86400
+    for key in ("a-base", "c-other", "d-tailored"):
+        os.utime(store.folder / key / "manifest.json", (time.time() - month,) * 2)
+    assert [one.what for one in unused_templates(layout, False)] == ["d-tailored", "c-other"]
+    assert [one.what for one in unused_templates(layout, True)] == ["b-tailored", "a-base"]

@@ -14,9 +14,11 @@ from vmsandbox.cli.options import NameArgument
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.limits import note_activity
 from vmsandbox.spec import WORKER
 
 _PIECE = 256 * 1024
+_KEEPALIVE = 256  # bytes: what clients and servers send by themselves is less, and is no activity
 
 
 def register(app: typer.Typer) -> None:
@@ -61,6 +63,12 @@ def proxy(name: NameArgument) -> int:
     """Join stdin and stdout to a free SSH port of the guest (for ProxyCommand)."""
     folder = SessionFolder(Layout.from_environment(), name)
     info = folder.info()
+
+    def noted(data: bytes) -> None:
+        if len(data) > _KEEPALIVE:
+            note_activity(folder)
+
+    note_activity(folder)
     with folder.ssh_port(info.ssh_ports) as port, connect_ssh(folder.ssh_socket(port), 30) as sock:
         sock.settimeout(None)
 
@@ -68,6 +76,7 @@ def proxy(name: NameArgument) -> int:
             with suppress(OSError):
                 while data := os.read(0, _PIECE):
                     sock.sendall(data)
+                    noted(data)
             # The client has gone. A port knows no half-close: hang up, and the guest's sshd ends.
             with suppress(OSError):
                 sock.shutdown(2)
@@ -78,6 +87,7 @@ def proxy(name: NameArgument) -> int:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(1, view) :]
+                noted(data)
     return 0
 
 

@@ -6,6 +6,8 @@ import io
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,8 +40,10 @@ from vmsandbox.session.plan import SessionRequest
 from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
+    from vmsandbox.policy.effective import Effective
     from vmsandbox.policy.values import Policy
     from vmsandbox.session.asking import Asking, Person
+    from vmsandbox.session.limits import Meter
     from vmsandbox.session.sandbox import Sandbox
 
 
@@ -56,15 +60,15 @@ def start(
     path: ProjectArgument = Path(),
     name: NameOption = None,
     policy: PolicyOption = None,
-    image: ImageOption = "base",
+    image: ImageOption = None,
     net: NetOption = None,
     learn: LearnOption = False,
     history: HistoryOption = History.NONE,
     backup: BackupOption = True,
     allow_emulation: EmulationOption = False,
     empty: EmptyOption = False,
-    memory: MemoryOption = 512,
-    vcpus: VcpusOption = 2,
+    memory: MemoryOption = None,
+    vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
     json: JsonOption = False,
 ) -> int:
@@ -111,7 +115,7 @@ def push(
     monitor = make_monitor()
     sandbox = Sandbox.attach(name, monitor=monitor)
     try:
-        sandbox.push(path.absolute(), _policy(path, policy, monitor), history=history)
+        sandbox.push(path.absolute(), _policy(path, policy, monitor).policy, history=history)
     finally:
         sandbox.disconnect()
     return 0
@@ -149,40 +153,39 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
-    if request.project is not None or policy is not None:
-        request = replace(request, policy=_policy(request.project or Path(), policy, monitor))
+    effective = _policy(request.project, policy, monitor)
+    request = replace(request, policy=effective.policy)
     network = request.policy.network
-    if request.mode is not NetworkMode.NONE and policy is None:
-        _refuse_reach(request.policy)
+    if effective.own is not None and policy is None:
+        _refuse_reach(effective.own.policy, request.mode is not NetworkMode.NONE)
     if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
         why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
         monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
     return Sandbox.open(request.project, request=request, monitor=monitor)
 
 
-def _policy(project: Path, chosen: Path | None, monitor: Monitor) -> Policy:
-    from vmsandbox.policy.load import find_policy, load_policy
-    from vmsandbox.policy.values import Policy, unenforced
+def _policy(project: Path | None, chosen: Path | None, monitor: Monitor) -> Effective:
+    from vmsandbox.policy.effective import effective_policy
+    from vmsandbox.policy.load import find_policy
+    from vmsandbox.policy.values import unenforced
 
-    path = chosen or (find_policy(project) if project.is_dir() else None)
-    if path is None:
-        return Policy()
-    policy = load_policy(path)
-    for text in unenforced(policy):
+    found = find_policy(project) if chosen is None and project is not None and project.is_dir() else None
+    effective = effective_policy(chosen or found)
+    for text in unenforced(effective.policy):
         monitor.notice(text)
-    return policy
+    return effective
 
 
-def _refuse_reach(policy: Policy) -> None:
+def _refuse_reach(policy: Policy, has_network: bool) -> None:
     """A policy that was found in the project gets nothing of this host; one that a person named does."""
     from vmsandbox.policy.consent import reaches_into_host
     from vmsandbox.review.text import shown
 
-    if wanted := reaches_into_host(policy.network):
+    if wanted := reaches_into_host(policy, network=has_network):
         raise RefusedError(
             "the project's own policy asks for something of this host, and nobody has named it",
             details="\n".join(shown(line, 300) for line in wanted),
-            resolution=f"read it; then name it: --policy {policy.source} (or go on with --net none)",
+            resolution=f"read it; then name it: --policy {policy.source} (--net none goes on without the network's)",
         )
 
 
@@ -197,15 +200,29 @@ def _attached(name: str, command: list[str] | None) -> int:
 
 
 def run_in(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
-    """Run a command, or a shell if there is none; a shell on a terminal gets a terminal."""
-    began = time.monotonic()
-    with sandbox.asking(_person(sandbox.name)) as asking:
-        if command is None and os.isatty(0) and os.isatty(1):
-            from vmsandbox.guest.terminal import run_terminal, terminal_size
+    """Run a command, or a shell if there is none; a shell on a terminal gets a terminal.
 
-            status = run_terminal(sandbox.start(None, terminal=terminal_size()), asking)
-        else:
-            status = _join(sandbox.start(command), stdout, asking)
+    Raises:
+        LimitReachedError: it wrote more than it may, or the session was ended by a limit meanwhile.
+    """
+    from vmsandbox.session.limits import LimitReachedError, limited
+
+    began = time.monotonic()
+    try:
+        with limited(sandbox) as meter, sandbox.asking(_person(sandbox.name)) as asking:
+            if command is None and os.isatty(0) and os.isatty(1):
+                from vmsandbox.guest.terminal import run_terminal, terminal_size
+
+                channel = sandbox.start(None, terminal=terminal_size())
+                with _ending(channel):
+                    status = run_terminal(channel, meter.sink, meter.note, asking)
+            else:
+                channel = sandbox.start(command)
+                with _ending(channel):
+                    status = _join(channel, meter, stdout, asking)
+    except LimitReachedError as limit:
+        sandbox.ended(limit.exit_code, time.monotonic() - began)
+        raise
     sandbox.ended(status, time.monotonic() - began)
     return status
 
@@ -217,17 +234,27 @@ def _person(name: str) -> Person | None:
     return person(name) if has_person() else None
 
 
-def _join(channel: Any, stdout: int, asking: Asking) -> int:
+@contextmanager
+def _ending(channel: Any) -> Iterator[None]:
+    """Ctrl-C goes to the command, too; one that has met its limit is killed; and no channel stays open."""
     from vmsandbox.guest.ssh import send_signal
-    from vmsandbox.guest.streams import join_streams
+    from vmsandbox.session.limits import ended_at_limit
 
     try:
-        return join_streams(channel, _stdin(), guest_output(stdout), guest_output(2), asking)
+        with ended_at_limit(channel):
+            yield
     except KeyboardInterrupt:
         send_signal(channel, "INT")
         raise
     finally:
         channel.close()
+
+
+def _join(channel: Any, meter: Meter, stdout: int, asking: Asking) -> int:
+    from vmsandbox.guest.streams import join_streams
+
+    out, err = meter.sink(guest_output(stdout)), meter.sink(guest_output(2))
+    return join_streams(channel, _stdin(), out, err, fed=meter.note, attention=asking)
 
 
 def _stdin() -> int | None:

@@ -30,7 +30,7 @@ def list_(json: JsonOption = False) -> int:
     if json:
         print_json(rows)
     elif rows:
-        columns = ("name", "state", "grade", "network", "image", "created", "project")
+        columns = ("name", "state", "health", "grade", "network", "image", "created", "project")
         print_table(
             [column.upper() for column in columns], [[row[column] or "-" for column in columns] for row in rows]
         )
@@ -43,12 +43,13 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     from vmsandbox.session.freezing import is_frozen
     from vmsandbox.session.gc import guest_is_alive
     from vmsandbox.session.keeper import keeper_is_alive
+    from vmsandbox.session.watching import health_of
 
     try:
         info = folder.info()
     except VmsandboxError as error:
-        return {"name": folder.name, "state": "damaged", "grade": None, "network": None, "image": None, "created": None,
-                "project": None, "id": None, "problem": error.brief}  # fmt: skip
+        return {"name": folder.name, "state": "damaged", "health": None, "grade": None, "network": None, "image": None,
+                "created": None, "project": None, "id": None, "problem": error.brief}  # fmt: skip
     alive = guest_is_alive(folder, info)
     if info.owner_pid > 0 and not info.owner_is_alive:
         state = "orphan"
@@ -62,6 +63,7 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     return {
         "name": folder.name,
         "state": state,
+        "health": health_of(folder) if alive else None,
         "grade": info.grade,
         "network": network,
         "image": info.image,
@@ -77,6 +79,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
     egress: Annotated[bool, typer.Option("--egress", help="What the guest asked of the network.")] = False,
     withheld: Annotated[bool, typer.Option("--withheld", help="What stayed on the host, and why.")] = False,
+    findings: Annotated[bool, typer.Option("--findings", help="What was found in what was copied in.")] = False,
     json: JsonOption = False,
 ) -> int:
     """Show a session's events, checked against their chain. NAME may also be the id of an ended session."""
@@ -86,6 +89,8 @@ def logs(
     record = find_record(layout, name).folder
     if withheld:
         return _show_withheld(record, json)
+    if findings:
+        return _show_findings(record, json)
     if egress:
         from vmsandbox.cli.egress import show_egress
 
@@ -111,6 +116,23 @@ def _records(record: Path) -> list[dict[str, Any]]:
 def _event_line(entry: dict[str, Any]) -> str:
     data = " ".join(f"{key}={shown(json_module.dumps(value))}" for key, value in sorted(entry["data"].items()))
     return f"{entry['time'][:23]}Z  {entry['kind']:<18}  {data}"
+
+
+def _show_findings(record: Path, json: bool) -> int:
+    from vmsandbox.session.incoming import findings_of
+
+    rows = findings_of(record)
+    if json:
+        print_json(rows)
+    else:
+        print_table(
+            ["KIND", "PATH", "LINE", "WHAT"],
+            [
+                [str(row["kind"]), shown(str(row["path"])), str(row["line"] or "-"), shown(str(row["what"]))]
+                for row in rows
+            ],
+        )
+    return 0
 
 
 def _show_withheld(record: Path, json: bool) -> int:

@@ -18,10 +18,15 @@ NameOption = Annotated[str | None, typer.Option("--name", "-n", help="Name of th
 PolicyOption = Annotated[
     Path | None,
     typer.Option(
-        "--policy", help="Policy file.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project"
+        "--policy",
+        help="Policy file, or the name of a ready-made one.",
+        show_default=".claude/sandbox.yaml or .vmsandbox.yaml of the project",
     ),
 ]
-ImageOption = Annotated[str, typer.Option("--image", help="Image to boot; built on first use.")]
+ImageOption = Annotated[
+    str | None,
+    typer.Option("--image", help="Image to boot; built on first use.", show_default="the policy's image, else base"),
+]
 NetOption = Annotated[
     NetworkMode | None,
     typer.Option("--net", help="What the guest may reach.", show_default="the policy's network.mode, else none"),
@@ -44,7 +49,13 @@ EmulationOption = Annotated[
     bool, typer.Option("--allow-emulation", help="Go on without KVM. Emulation is NOT a security boundary.")
 ]
 EmptyOption = Annotated[bool, typer.Option("--empty", help="Copy nothing in.")]
-MemoryOption = Annotated[int, typer.Option("--memory", metavar="MIB", help="The guest's memory.")]
-VcpusOption = Annotated[int, typer.Option("--vcpus", metavar="N", help="The guest's processors.")]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option("--memory", metavar="MIB", help="The guest's memory.", show_default="the policy's, else 512"),
+]
+VcpusOption = Annotated[
+    int | None,
+    typer.Option("--vcpus", metavar="N", help="The guest's processors.", show_default="the policy's, else 2"),
+]
 PortsOption = Annotated[int, typer.Option("--ssh-ports", metavar="N", help="SSH connections at once.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="A JSON document on stdout.")]

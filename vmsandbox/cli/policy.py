@@ -1,4 +1,4 @@
-"""policy check, show, diff, schema, propose: what a policy says, before a guest is started with it."""
+"""policy check, show, diff, sign, schema, propose: what a policy says, before a guest is started with it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmsandbox.cli.importing import import_files
 from vmsandbox.cli.options import JsonOption
-from vmsandbox.cli.output import print_json, print_table
+from vmsandbox.cli.output import print_json
 from vmsandbox.errors import UserInputError
 
 if TYPE_CHECKING:
-    from vmsandbox.egress.diff import Wider
-    from vmsandbox.egress.values import EgressEvent, HostRule
-    from vmsandbox.policy.values import Policy
+    from vmsandbox.egress.values import EgressEvent
+    from vmsandbox.policy.effective import Effective
+    from vmsandbox.policy.layer import Layer
+    from vmsandbox.policy.lint import Finding
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command("import")(import_files)
 FileArgument = Annotated[
     Path | None,
     typer.Argument(metavar="[FILE]", help="The policy.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml here"),
@@ -28,49 +31,79 @@ FileArgument = Annotated[
 @app.command()
 def check(file: FileArgument = None, json: JsonOption = False) -> int:
     """Read a policy strictly, and say what in it has no effect or allows more than it looks like."""
-    from vmsandbox.egress.lint import lint
+    from vmsandbox.policy.consent import reaches_into_host
     from vmsandbox.policy.values import unenforced
 
-    policy = _load(file)
-    findings = lint(policy.network)
+    effective = _effective(file)
+    if effective.own is None:
+        raise _no_policy()
+    policy = effective.own.policy
+    findings = _findings(effective, effective.own)
+    asks = reaches_into_host(policy)
     notes = unenforced(policy)
     if json:
         told = [{"where": f"sandbox.{one.where}", "text": one.text, "warning": one.warning} for one in findings]
-        print_json({"file": str(policy.source), "valid": True, "findings": told, "unenforced": notes})
+        found = {"findings": told, "needs_naming": asks, "unenforced": notes}
+        print_json({"file": str(policy.source), "valid": True, **found})
         return 0
     for one in findings:
         print(f"{'WARNING' if one.warning else 'note'}: sandbox.{one.where} {one.text}")
+    for text in asks:
+        print(f"note: granted only to a policy that is named with --policy: sandbox.{text}")
     for note in notes:
         print(f"note: {note}")
     print(f"{policy.source} is valid")
     return 0
 
 
+def _findings(effective: Effective, own: Layer) -> list[Finding]:
+    from dataclasses import replace
+
+    from vmsandbox.egress.lint import lint
+    from vmsandbox.policy.lint import lint_policy, lint_within
+    from vmsandbox.policy.merge_network import says_hosts
+
+    wider = [layer for layer in effective.layers if layer is not own]
+    network = own.policy.network
+    if says_hosts(own):
+        network = replace(network, within=effective.policy.network.within)
+    found = [*lint_policy(own.policy), *lint(network), *(lint_within(own, effective.policy, wider) if wider else ())]
+    if own.policy.kernel.seccomp:
+        from vmsandbox.policy.syscalls_needed import kernel_findings
+
+        found += kernel_findings(own.policy.kernel)
+    return found
+
+
 @app.command()
 def show(file: FileArgument = None, json: JsonOption = False) -> int:
-    """Show what a policy allows the guest's network, with bundles and defaults written out."""
+    """Show the policy that holds here: the organisation's, yours and the project's at once, and what is from where."""
+    from vmsandbox.cli.policy_text import policy_lines, print_network, wider_lines
     from vmsandbox.egress.compile import compile_policy
     from vmsandbox.egress.wire import policy_to_json
+    from vmsandbox.policy.provenance import dotted, origins
+    from vmsandbox.policy.rendering import plain_policy
 
-    policy = _load(file)
-    network = policy.network
-    rules = compile_policy(network, placeholders={one.name: "-" for one in network.secrets})
+    effective = _effective(file)
+    policy = effective.policy
+    if not effective.layers:
+        raise _no_policy()
+    rules = compile_policy(policy.network, placeholders={one.name: "-" for one in policy.network.secrets})
+    whole, places = plain_policy(policy, complete=True), origins(policy, effective.layers)
     if json:
         plain = policy_to_json(rules)
         for one in plain["secrets"]:
             del one["placeholder"]
-        print_json({"file": str(policy.source), "mode": network.mode, **plain})
+        files = [str(layer.source) for layer in effective.layers]
+        told = {"policy": whole, "origins": {dotted(where): list(found) for where, found in places.items()}}
+        print_json({"file": str(policy.source), "files": files, "mode": policy.network.mode, **plain, **told})
         return 0
-    print(f"mode: {network.mode or 'none (the file does not say)'}")
-    rows = [_row("allow", one) for one in rules.allow] + [_row("deny", one) for one in rules.deny]
-    print_table(["", "HOST", "PORTS", "METHODS", "PATHS", "BY"], [*rows, ["deny", "everything else", "", "", "", ""]])
-    for rule in rules.allow:
-        for address in rule.addresses:
-            print(f"{rule.pattern} is dialled at {address} ({rule.source})")
-        if rule.tls != "auto":
-            print(f"TLS to {rule.pattern}: {rule.tls} ({rule.source})")
-    for secret in rules.secrets:
-        print(f"secret {secret.name}: header {secret.header} to {', '.join(secret.hosts)}")
+    print("\n".join(policy_lines(whole, places)))
+    print()
+    for line in wider_lines(effective):
+        print(line)
+    print(f"network mode: {policy.network.mode or 'none (no file says)'}")
+    print_network(rules)
     return 0
 
 
@@ -80,35 +113,52 @@ def diff(
     after: Annotated[Path, typer.Argument(metavar="B", help="The policy that is to be.")],
     json: JsonOption = False,
 ) -> int:
-    """Say what policy B allows that A does not, as sets of requests. Exit status 1 if B allows anything more, else 0.
+    """Say what policy B allows that A does not, as sets. Exit status 1 if B allows anything more, else 0.
 
-    Both directions are shown; what A alone allows does not change the status.
+    Both directions are shown; what A alone allows does not change the status. The files are compared by themselves,
+    without those of the organisation.
     """
+    from vmsandbox.cli.policy_text import plain_wider, print_differences
     from vmsandbox.egress.diff import diff_networks
+    from vmsandbox.policy.load import load_policy
+    from vmsandbox.policy.looser import looser_policy
 
-    old, new = _load(before).network, _load(after).network
-    more, less = diff_networks(old, new), diff_networks(new, old)
+    old, new = load_policy(before), load_policy(after)
+    more, less = diff_networks(old.network, new.network), diff_networks(new.network, old.network)
+    looser = [*more.looser, *looser_policy(old, new)]
+    stricter = [*less.looser, *looser_policy(new, old)]
+    widens = bool(more.wider or looser)
     if json:
         print_json(
             {
-                "widens": bool(more),
-                "allows": [_plain(one) for one in more.wider],
-                "looser": list(more.looser),
-                "no_longer_allows": [_plain(one) for one in less.wider],
-                "stricter": list(less.looser),
+                "widens": widens,
+                "allows": [plain_wider(one) for one in more.wider],
+                "looser": looser,
+                "no_longer_allows": [plain_wider(one) for one in less.wider],
+                "stricter": stricter,
             }
         )
-        return int(bool(more))
-    for sign, found in (("+", more), ("-", less)):
-        for one in found.wider:
-            print(f"{sign} {_line(one)}")
-    for text in more.looser:
-        print(f"+ {text}")
-    for text in less.looser:
-        print(f"- without it: {text}")
-    if not more:
-        print("B allows nothing that A does not")
-    return int(bool(more))
+        return int(widens)
+    print_differences({"+": more.wider, "-": less.wider}, {"+": looser, "-": stricter})
+    return int(widens)
+
+
+@app.command()
+def sign(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The policy.")],
+    key: Annotated[Path, typer.Option("--key", metavar="KEY", help="A private SSH key, or the .pub of an agent's.")],
+    json: JsonOption = False,
+) -> int:
+    """Sign a policy and the seccomp profiles that it names (FILE.sig), for hosts that demand it."""
+    from vmsandbox.policy.signing import sign as sign_policy
+    from vmsandbox.process import Programs
+
+    made = [str(one) for one in sign_policy(file, key, Programs())]
+    if json:
+        print_json({"signatures": made})
+    else:
+        print("\n".join(made))
+    return 0
 
 
 @app.command()
@@ -161,36 +211,12 @@ def _events(name: str) -> Iterator[EgressEvent]:
         ) from error
 
 
-def _load(file: Path | None) -> Policy:
-    from vmsandbox.policy.load import find_policy, load_policy
+def _effective(file: Path | None) -> Effective:
+    from vmsandbox.policy.effective import effective_policy
+    from vmsandbox.policy.load import find_policy
 
-    path = file or find_policy(Path())
-    if path is None:
-        raise UserInputError("there is no policy here", resolution="name a file, or make .claude/sandbox.yaml")
-    return load_policy(path)
+    return effective_policy(file or find_policy(Path()))
 
 
-def _row(what: str, rule: HostRule) -> list[str]:
-    ports = ", ".join(map(str, rule.ports)) or "any"
-    if what == "deny":
-        return [what, rule.pattern, ports, "", "", rule.source]
-    return [what, rule.pattern, ports, ", ".join(rule.methods) or "any", " ".join(rule.paths) or "any", rule.source]
-
-
-def _plain(one: Wider) -> dict[str, object]:
-    to, method, path = one.example
-    return {
-        "host": one.host,
-        "ports": list(one.ports),
-        "methods": list(one.methods),
-        "paths": list(one.paths),
-        "example": {"host": to.host, "port": to.port, "method": method, "path": path},
-        "exact": one.exact,
-    }
-
-
-def _line(one: Wider) -> str:
-    methods = "any method" if one.methods == ("*",) else ", ".join("others" if m == "*" else m for m in one.methods)
-    paths = " ".join(one.paths) if one.paths else "any path"
-    doubt = "" if one.exact else "  (perhaps: this could not be compared exactly)"
-    return f"{one.host}  port {', '.join(map(str, one.ports))}  {methods}  {paths}{doubt}"
+def _no_policy() -> UserInputError:
+    return UserInputError("there is no policy here", resolution="name a file, or make .claude/sandbox.yaml")

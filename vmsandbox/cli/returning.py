@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vmsandbox.session.commits import ReturnedCommits
     from vmsandbox.session.record import Record
 
+PERSON = "person"
+
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
@@ -86,15 +88,16 @@ def accept(
     how = Accept.ALL if everything else Accept.SAFE if safe else None
     if paths:
         selection: Selection | None = _named(returned.review, paths, how)
-        by = "paths"
+        by, attended = "paths", _person_is_there()
     else:
         selection, by = choose(returned, how)
+        attended = by == PERSON
     if selection is None:
         raise RefusedError(
             "nothing is accepted without a person or a rule of theirs",
             resolution="run it in a terminal, name the paths, or give --safe or --all",
         )
-    applied = take(returned, selection, by)
+    applied = take(returned, selection, by, attended)
     landed = _take_commits(name, returned) if commits else None
     if json:
         document: dict[str, Any] = {"digest": returned.review.digest, "by": by}
@@ -151,19 +154,26 @@ def choose(returned: Returned, how: Accept | None) -> tuple[Selection | None, st
     from vmsandbox.review.select import selection_of
 
     if how is not None:
+        from vmsandbox.session.acceptance import refuse_unattended
+
+        refuse_unattended(returned, how)
         return selection_of(returned.review, how), f"--accept {how}"
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not _person_is_there():
         return None, "nobody"
     from vmsandbox.cli.reviewing import review_in_terminal
 
-    return review_in_terminal(returned.review), "person"
+    return review_in_terminal(returned.review), PERSON
 
 
-def take(returned: Returned, selection: Selection, by: str) -> Applied | None:
-    """Apply what was chosen, if anything was."""
+def take(returned: Returned, selection: Selection, by: str, attended: bool) -> Applied | None:
+    """Apply what was chosen, if anything was. attended: by a person, in a terminal."""
     from vmsandbox.session.acceptance import accept as apply_selection
 
-    return apply_selection(returned, selection, by) if selection.choices else None
+    return apply_selection(returned, selection, by, attended) if selection.choices else None
+
+
+def _person_is_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _named(review: Review, paths: list[str], how: Accept | None) -> Selection:

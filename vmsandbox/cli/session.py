@@ -31,6 +31,7 @@ from vmsandbox.cli.output import guest_command, print_json
 from vmsandbox.cli.showing import as_json, print_review, tell_applied, tell_commits
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.limits import LimitReachedError
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.spec import Accept, History, NetworkMode
 
@@ -48,7 +49,7 @@ def session(
     path: ProjectArgument = Path(),
     name: NameOption = None,
     policy: PolicyOption = None,
-    image: ImageOption = "base",
+    image: ImageOption = None,
     net: NetOption = None,
     learn: LearnOption = False,
     accept: AcceptOption = None,
@@ -58,8 +59,8 @@ def session(
     allow_emulation: EmulationOption = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the guest running afterwards.")] = False,
     empty: EmptyOption = False,
-    memory: MemoryOption = 512,
-    vcpus: VcpusOption = 2,
+    memory: MemoryOption = None,
+    vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
     json: JsonOption = False,
 ) -> int:
@@ -69,22 +70,32 @@ def session(
     """
     request = SessionRequest(
         project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
-        backup=backup, allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+        accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus,
+        ssh_ports=ssh_ports,
     )  # fmt: skip
     sandbox = open_guest(request, policy)
+    reached: LimitReachedError | None = None
     try:
         status = run_in(sandbox, guest_command(), stdout=2 if json else 1)
+    except LimitReachedError as limit:
+        status, reached = limit.exit_code, limit
     except BaseException as error:
         if not keep:
             sandbox.close(f"ended by {type(error).__name__}")
         raise
+    if not keep:
+        reached = _stop_watching(sandbox) or reached
+    if reached is not None:
+        print(f"vmsandbox: {reached.brief} ({reached.details})", file=sys.stderr)
+    over = reached is not None and reached.ends_session  # what changed was fetched already, if it could be
     pushed = sandbox.info.guest_folder is not None
     landed: ReturnedCommits | None = None
-    if pushed:
+    if pushed and not over:
         landed = _collect(sandbox, path if commits else None, keep)
     if keep:
         sandbox.disconnect()
-    left = [] if keep else sandbox.close()
+    left = [] if keep else sandbox.close(f"ended by its limit: {reached.limit}" if over and reached else "ended")
+    pushed = pushed and (not over or (sandbox.folder.record_folder(sandbox.info.id) / "quarantine").is_dir())
     network = _network(sandbox, learn, json)
     # The guest is gone before anybody is asked about what it left.
     try:
@@ -97,8 +108,19 @@ def session(
     else:
         if landed is not None:
             tell_commits(landed, sys.stderr)
-        _tell_end(sandbox, left, keep)
+        _tell_end(sandbox, left, keep and not over)
     return status
+
+
+def _stop_watching(sandbox: Sandbox) -> LimitReachedError | None:
+    """The command has ended: no limit ends the session any more. One that did just now is returned."""
+    from vmsandbox.session.limits import ended_by_limit
+    from vmsandbox.session.watching import end_watcher, is_watched
+
+    if not is_watched(sandbox.folder):
+        return None
+    end_watcher(sandbox.folder, finish=True)
+    return ended_by_limit(sandbox.folder, sandbox.info)
 
 
 def _network(sandbox: Sandbox, learn: bool, json: bool) -> dict[str, object] | None:
@@ -137,7 +159,7 @@ def _advise(error: VmsandboxError, more: str) -> None:
 
 def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str, object]:
     """Review what lies in quarantine, take what was asked for; returns it for `--json`."""
-    from vmsandbox.cli.returning import choose, take
+    from vmsandbox.cli.returning import PERSON, choose, take
     from vmsandbox.session.acceptance import review_with_commands
     from vmsandbox.session.record import find_record
 
@@ -147,7 +169,7 @@ def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str
     applied = None
     if returned.review.changes and not (json and accept is None):
         selection, by = choose(returned, accept)
-        applied = take(returned, selection, by) if selection else None
+        applied = take(returned, selection, by, by == PERSON) if selection else None
     if returned.review.changes and not json:
         tell_applied(returned, applied, sys.stderr)
         if applied is None:

@@ -38,20 +38,27 @@ def compile_policy(
         UserInputError: a rule narrows a bundle to nothing, or a name is no host (never of what `load_policy` made).
     """
     known = placeholders or {}
-    allow = [rule for i, text in enumerate(network.allowed_hosts) for rule in _entry(text, f"allowed_hosts[{i}]")]
-    for number, one in enumerate(network.rules):
-        allow.extend(_narrowed(one, f"network.rules[{number}]"))
-    deny = [rule for i, text in enumerate(network.denied_hosts) for rule in _denied(text, f"denied_hosts[{i}]")]
+    allow, deny = _hosts(network)
     return EgressPolicy(
-        allow=tuple(allow),
-        deny=tuple(deny),
+        allow=allow,
+        deny=deny,
         secrets=tuple(_secret(one, known[one.name]) for one in network.secrets if known.get(one.name)),
         packages=PackageRules(network.packages_allow, network.packages_deny, network.packages_minimum_age_days),
         dlp=Dlp(network.dlp_secrets, network.dlp_canaries, network.dlp_freeze),
         limits=_limits(network),
         resolver=network.resolver,
         learn=learn,
+        # On purpose without `learn`: what a wider policy refuses is not learned of.
+        within=tuple(EgressPolicy(*_hosts(one)) for one in network.within),
     )
+
+
+def _hosts(network: NetworkPolicy) -> tuple[tuple[HostRule, ...], tuple[HostRule, ...]]:
+    allow = [rule for i, text in enumerate(network.allowed_hosts) for rule in _entry(text, f"allowed_hosts[{i}]")]
+    for number, one in enumerate(network.rules):
+        allow.extend(_narrowed(one, f"network.rules[{number}]"))
+    deny = [rule for i, text in enumerate(network.denied_hosts) for rule in _denied(text, f"denied_hosts[{i}]")]
+    return tuple(allow), tuple(deny)
 
 
 def _entry(text: str, where: str) -> Iterator[HostRule]:

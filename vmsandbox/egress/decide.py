@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from vmsandbox.egress import remedies
 from vmsandbox.egress.hosts import (
@@ -31,11 +32,88 @@ _TUNNELS = ("CONNECT", "TRACE")
 
 
 class Rules:
-    """One policy, indexed by pattern.
+    """A policy and those that it is within: each of them has to allow, and the first that refuses decides.
 
     Args:
         policy: as `compile_policy` makes it: patterns, methods and globs are canonical.
     """
+
+    def __init__(self, policy: EgressPolicy) -> None:
+        self._layers = [_Layer(one) for one in (policy, *policy.within)]
+
+    def host(self, to: Destination) -> Decision:
+        """Whether anything at all may go there: asked before TLS is looked into, and of every tunnel."""
+        return self._every(lambda layer: layer.host(to))
+
+    def request(self, to: Destination, method: str, path: str) -> Decision:
+        """Whether one request may be made. Its host has to be the one that was checked (SNI, Host, :authority).
+
+        Args:
+            path: as it was sent, still encoded; from `?` on it is ignored.
+        """
+        return self._every(lambda layer: layer.request(to, method, path))
+
+    def paths(self, to: Destination, method: str) -> tuple[tuple[str, ...], ...] | None:
+        """Sets of globs; a path has to match one of each that a method may ask for. Empty: any path; None: none."""
+        found = []
+        for layer in self._layers:
+            globs = layer.paths(to, method)
+            if globs is None:
+                return None
+            if globs:
+                found.append(globs)
+        return tuple(found)
+
+    def name(self, host: str) -> Decision:
+        """Whether a canonical name may be resolved: something at it is allowed, on whichever port."""
+        refusal = None
+        for port in sorted({port for layer in self._layers for port in layer.ports(host)}) or [443]:
+            decision = self.host(Destination(host, port))
+            if decision.allowed:
+                return decision
+            refusal = refusal or decision
+        assert refusal is not None
+        return refusal
+
+    def inspects(self, to: Destination) -> bool:
+        """Whether TLS to there is looked into: unless every policy passes it through."""
+        return any(layer.inspects(to) for layer in self._layers)
+
+    def addresses(self, to: Destination) -> tuple[str, ...]:
+        """What is dialled instead of asking DNS; empty: DNS is asked.
+
+        The widest policy says which there are; those within it can only take some away.
+        """
+        found = named = self._layers[-1].addresses(to)
+        for layer in self._layers:
+            ours = layer.addresses(to)
+            found = tuple(one for one in found if not ours or one in ours)
+        return found or named  # none in common: each will be refused
+
+    def address(self, to: Destination, address: str, own_addresses: Collection[str]) -> Decision:
+        """Whether this address may be dialled for that destination. Asked right before the dial, of what is dialled."""
+        named = self._layers[-1].addresses(to)
+        return self._every(
+            lambda layer: layer.address(to, address, own_addresses),
+            # What the widest policy names for a host holds for those within it that name nothing there.
+            [layer for layer in self._layers if not named or layer.addresses(to)],
+        )
+
+    def _every(self, ask: Callable[[_Layer], Decision], layers: list[_Layer] | None = None) -> Decision:
+        asked = self._layers if layers is None else layers
+        first = ask(asked[0])
+        if not first.allowed and asked[0] is self._layers[0]:
+            return first
+        for layer in asked:
+            decision = first if layer is asked[0] else ask(layer)
+            if not decision.allowed:
+                # Nothing that a project adds to its own policy would change it.
+                return replace(decision, reason=f"{decision.reason} (in a policy above the project's)", remedy="")
+        return first
+
+
+class _Layer:
+    """One policy alone, indexed by pattern."""
 
     def __init__(self, policy: EgressPolicy) -> None:
         self._policy = policy
@@ -43,7 +121,6 @@ class Rules:
         self._deny = _by_pattern(policy.deny)
 
     def host(self, to: Destination) -> Decision:
-        """Whether anything at all may go there: asked before TLS is looked into, and of every tunnel."""
         pattern, rules = self._deciding(to.host)
         here = [rule for rule in rules if to.port in rule.ports]
         denied = self._denied(to)
@@ -59,11 +136,6 @@ class Rules:
         return self._by_default(to)
 
     def request(self, to: Destination, method: str, path: str) -> Decision:
-        """Whether one request may be made. Its host has to be the one that was checked (SNI, Host, :authority).
-
-        Args:
-            path: as it was sent, still encoded; from `?` on it is ignored.
-        """
         if not _METHOD.fullmatch(method) or method.upper() in _TUNNELS:
             return Decision(False, "bad-method", f"{method[:64]!a} is no method that is passed on")
         decision = self.host(to)
@@ -92,17 +164,9 @@ class Rules:
         any_path = any(not rule.paths for rule in here)
         return () if any_path else tuple(dict.fromkeys(glob for rule in here for glob in rule.paths))
 
-    def name(self, host: str) -> Decision:
-        """Whether a canonical name may be resolved: something at it is allowed, on whichever port."""
-        _, rules = self._deciding(host)
-        refusal = None
-        for port in sorted({port for rule in rules for port in rule.ports}) or [443]:
-            decision = self.host(Destination(host, port))
-            if decision.allowed:
-                return decision
-            refusal = refusal or decision
-        assert refusal is not None
-        return refusal
+    def ports(self, host: str) -> set[int]:
+        """Those of the rules that decide about a host."""
+        return {port for rule in self._deciding(host)[1] for port in rule.ports}
 
     def inspects(self, to: Destination) -> bool:
         """Whether TLS to there is looked into: always, unless the rules that decide all say `passthrough`.
@@ -116,13 +180,11 @@ class Rules:
         return not unseen or any(rule.tls is Tls.INSPECT or rule.methods or rule.paths for rule in here)
 
     def addresses(self, to: Destination) -> tuple[str, ...]:
-        """What is dialled instead of asking DNS; empty: DNS is asked."""
         _, rules = self._deciding(to.host)
         found = (one for rule in rules if to.port in rule.ports for one in rule.addresses)
         return tuple(dict.fromkeys(found))
 
     def address(self, to: Destination, address: str, own_addresses: Collection[str]) -> Decision:
-        """Whether this address may be dialled for that destination. Asked right before the dial, of what is dialled."""
         try:
             address = parse_address(address)
         except BadHostError:

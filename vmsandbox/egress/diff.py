@@ -23,7 +23,7 @@ from vmsandbox.egress.decide import Rules
 from vmsandbox.egress.globsets import wider
 from vmsandbox.egress.hosts import MAX_HOST, parse_pattern, patterns_for
 from vmsandbox.egress.looser import looser_network, looser_policy
-from vmsandbox.egress.paths import SLASH
+from vmsandbox.egress.paths import SLASH, glob_matches
 from vmsandbox.egress.values import Destination, EgressPolicy
 from vmsandbox.policy.values import NetworkPolicy
 
@@ -74,7 +74,8 @@ def diff_policies(before: EgressPolicy, after: EgressPolicy) -> PolicyDiff:
     old, new = Rules(before), Rules(after)
     hosts = list(host_classes(before, after))
     ports = sorted({port for rule in after.allow for port in rule.ports})
-    methods = sorted({method for rule in (*before.allow, *after.allow) for method in rule.methods})
+    every = [one for policy in (before, after) for one in (policy, *policy.within)]
+    methods = sorted({method for one in every for rule in one.allow for method in rule.methods})
     found: list[Wider] = []
     looser: list[str] = []
     for name, host in hosts:
@@ -88,8 +89,8 @@ def diff_policies(before: EgressPolicy, after: EgressPolicy) -> PolicyDiff:
 
 def host_classes(before: EgressPolicy, after: EgressPolicy) -> Iterator[tuple[str, str]]:
     """Each class of hosts as a pattern, with one host of it."""
-    rules = (*before.allow, *before.deny, *after.allow, *after.deny)
-    named = {rule.pattern for rule in rules} | {"*"}
+    every = [one for policy in (before, after) for one in (policy, *policy.within)]
+    named = {rule.pattern for one in every for rule in (*one.allow, *one.deny)} | {"*"}
     for policy in (before, after):
         named |= {pattern for secret in policy.secrets for pattern in secret.hosts}
     for pattern in sorted(named, key=lambda one: (one.startswith("*"), one)):
@@ -120,19 +121,32 @@ def _requests(name: str, to: Destination, methods: list[str], old: Rules, new: R
         if now is None or then == ():
             continue
         shown = ANY_METHOD if method == other else method
+        if found := _new_paths(now, then):
+            paths, reading, exact = found
+            yield Wider(name, (to.port,), (shown,), paths, (to, method, _raw(reading)), exact)
+
+
+def _new_paths(
+    now: tuple[tuple[str, ...], ...], then: tuple[tuple[str, ...], ...] | None
+) -> tuple[tuple[str, ...], str, bool] | None:
+    """Globs of the paths that are new (empty: any), one such path, and whether it surely is one; None: there is none.
+
+    Args:
+        now, then: see `Rules.paths`; `then` allows not all of them.
+    """
+    if not now:
         if then is None:
-            path = _raw(witness.reading) if now and (witness := wider(now, ())) else "/"
-            # Globs that no path matches allow nothing: `wider` says so.
-            if not now or witness:
-                yield Wider(
-                    name, (to.port,), (shown,), now, (to, method, path), not now or bool(witness and witness.exact)
-                )
-        elif not now:
-            witness = wider(("/*",), then)
-            yield Wider(name, (to.port,), (shown,), (), (to, method, _raw(witness.reading) if witness else "//"))
-        elif found := wider(now, then):
-            paths = tuple(glob for glob in now if wider((glob,), then))
-            yield Wider(name, (to.port,), (shown,), paths or now, (to, method, _raw(found.reading)), found.exact)
+            return (), "/", True
+        witness = next((found for one in then if (found := wider(("/*",), one))), None)
+        return (), witness.reading if witness else "//", True
+    for old in (None,) if then is None else then:
+        # What one of our sets does not let through, all of them together do not.
+        witnesses = [wider(ours, () if old is None else old) for ours in now]
+        if all(witnesses) and (witness := witnesses[0]):
+            paths = now[0] if old is None else tuple(glob for glob in now[0] if wider((glob,), old)) or now[0]
+            everywhere = all(any(glob_matches(glob, witness.reading) for glob in ours) for ours in now)
+            return paths, witness.reading, witness.exact and everywhere
+    return None
 
 
 def _dialling(name: str, to: Destination, old: Rules, new: Rules) -> Iterator[str]:

@@ -6,7 +6,6 @@ Without it a deny that comes to nothing, or a plain `github.com` beside `@github
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from vmsandbox.egress.addresses import refused_address
 from vmsandbox.egress.bundles import bundles
@@ -15,15 +14,8 @@ from vmsandbox.egress.decide import Rules
 from vmsandbox.egress.diff import host_classes
 from vmsandbox.egress.hosts import is_address, pattern_matches, patterns_for, precision
 from vmsandbox.egress.values import Destination, EgressPolicy, HostRule, Tls
+from vmsandbox.policy.lint import Finding
 from vmsandbox.policy.values import NetworkPolicy
-
-
-class Finding(NamedTuple):
-    """One thing that a person should look at. where: `network.allowed_hosts[2]`. warning: it is probably a mistake."""
-
-    where: str
-    text: str
-    warning: bool
 
 
 def lint(network: NetworkPolicy) -> tuple[Finding, ...]:
@@ -58,7 +50,7 @@ def _unreachable(policy: EgressPolicy, rules: Rules, classes: dict[str, str]) ->
         rule = same[0]
         host = classes.get(rule.pattern)
         ports = {port for one in same for port in one.ports}
-        if host is None or not any(rules.host(Destination(host, port)).allowed for port in ports):
+        if host is None or not any(_lets_through(rules, rule, one, port) for one in classes.values() for port in ports):
             refusal = "" if host is None else f": {rules.host(Destination(host, min(ports))).reason}"
             yield Finding(rule.source, f"allows nothing of {rule.pattern}{refusal}", True)
     seen: set[HostRule] = set()
@@ -67,6 +59,11 @@ def _unreachable(policy: EgressPolicy, rules: Rules, classes: dict[str, str]) ->
         if plain in seen:
             yield Finding(rule.source, f"allows {rule.pattern} a second time", False)
         seen.add(plain)
+
+
+def _lets_through(rules: Rules, rule: HostRule, host: str, port: int) -> bool:
+    decision = rules.host(Destination(host, port))
+    return decision.allowed and decision.matched is not None and decision.matched.pattern == rule.pattern
 
 
 def _idle_denies(network: NetworkPolicy, policy: EgressPolicy, classes: dict[str, str]) -> Iterator[Finding]:

@@ -110,6 +110,8 @@ class EgressPolicy:
 
     resolver: DNS servers (`address` or `address:port`) asked instead of the host's own.
     learn: what would be refused for its host alone is let through and recorded.
+    within: wider policies, each of which has to allow a request too; the nearest first. Of them only `allow` and `deny`
+    count.
     """
 
     allow: tuple[HostRule, ...] = ()
@@ -120,6 +122,7 @@ class EgressPolicy:
     limits: EgressLimits = field(default_factory=EgressLimits)
     resolver: tuple[str, ...] = ()
     learn: bool = False
+    within: tuple[EgressPolicy, ...] = ()
 
 
 @dataclass(frozen=True)

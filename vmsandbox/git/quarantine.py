@@ -21,6 +21,7 @@ from pathlib import Path
 from vmsandbox.errors import GuestError, HostError
 from vmsandbox.git.names import is_gitmodules, is_read_by_git, name_problem
 from vmsandbox.git.objects import DIGEST_SIZES, EXECUTABLE, FILE, GITLINK, LINK, TREE, parse_tree
+from vmsandbox.git.touching import Denied, Touched, batch, touching
 from vmsandbox.policy.gitrun import GitLimits, HostGit
 from vmsandbox.process import Finished, Programs
 from vmsandbox.review.text import shown_bytes
@@ -104,11 +105,14 @@ class Quarantine:
         self._limits = limits
         self._given = given
         self._git = HostGit(programs, folder / "git", limits=limits.process)
+        self.left_out: dict[str, Touched | None] = {}  # tips that `sound_pack` did not pack, and what they touch
         if given and given.shallow:
             (folder / "git/shallow").write_text("".join(one + "\n" for one in given.shallow))
 
-    def sound_pack(self, tips: Iterable[str]) -> tuple[Path, list[Submodule]]:
+    def sound_pack(self, tips: Iterable[str], denied: Denied | None = None) -> tuple[Path, list[Submodule]]:
         """Examine `self.pack`; a pack (path without its ending) of what the tips have and the host has not.
+
+        Tips with commits that touch what is denied are examined like the others, and then left out (`left_out`).
 
         Raises:
             GuestError: it is over a limit, malformed, incomplete, or has something that no repository should.
@@ -122,6 +126,10 @@ class Quarantine:
         kinds = self._kinds()
         submodules = self._check_trees({oid: size for oid, (kind, size) in kinds.items() if kind == "tree"})
         reached = self._check_connected(wanted, kinds)
+        if denied is not None:
+            known = [f"^{denied.base}"] if self._given or denied.base in kinds else []
+            self.left_out = touching(self._ask, self._algorithm, wanted, known, denied)
+            wanted = [one for one in wanted if one not in self.left_out]
         return self._made_anew(wanted), self._flagged(submodules, reached)
 
     # -- steps ---------------------------------------------------------------------------------------------
@@ -158,7 +166,7 @@ class Quarantine:
         """Our own rules for trees; returns (tree, name) of each submodule."""
         found: list[tuple[str, str]] = []
         for piece in _pieces(sizes):
-            for oid, content in _batch(self._ask("cat-file", "--batch", stdin=_lines(piece)).stdout):
+            for oid, content in batch(self._ask("cat-file", "--batch", stdin=_lines(piece)).stdout):
                 try:
                     seen: set[bytes] = set()
                     for mode, name, _oid in parse_tree(content, self._algorithm):
@@ -265,16 +273,6 @@ def _lines(words: Iterable[str]) -> bytes:
 
 def _is_hexadecimal(text: bytes) -> bool:
     return not text.strip(b"0123456789abcdef")
-
-
-def _batch(output: bytes) -> Iterator[tuple[str, bytes]]:
-    """`cat-file --batch`: "id type size", newline, the bytes, newline."""
-    at = 0
-    while at < len(output):
-        end = output.index(b"\n", at)
-        oid, _kind, size = output[at:end].split(b" ")
-        yield oid.decode(), output[end + 1 : end + 1 + int(size)]
-        at = end + 2 + int(size)
 
 
 def _quoted(path: bytes) -> bytes:

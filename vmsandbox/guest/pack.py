@@ -16,9 +16,11 @@ import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.guest.walk import OPEN_FOLDER, Entry, Walk
@@ -46,8 +48,25 @@ class PushedManifest:
     archive_bytes: int
 
 
+Files = Iterator[tuple[str, int, Iterable[bytes]]]  # path, size, content
+
+
+class Companion(Protocol):
+    """Sees each file and link as it is sent, and may have more files sent after them."""
+
+    def add(self, path: str, item: Item, content: bytes, mtime: int) -> None:
+        """One file or link (content: where it leads). mtime: seconds."""
+
+    def members(self) -> Files:
+        """What is sent in the end."""
+
+
 def pack(
-    walk: Walk, write: Callable[[bytes], object], on_progress: Callable[[int, int], None] | None = None
+    walk: Walk,
+    write: Callable[[bytes], object],
+    on_progress: Callable[[int, int], None] | None = None,
+    companion: Companion | None = None,
+    on_content: Callable[[str, bytes], object] | None = None,
 ) -> PushedManifest:
     """Send all entries of a walk.
 
@@ -55,15 +74,24 @@ def pack(
         walk: what to send.
         write: takes the archive in pieces of some 256 KiB, in order; must take each whole.
         on_progress: told (content bytes read so far, content bytes in all) after each piece.
+        companion: the manifest does not have what it adds.
+        on_content: given (path, bytes) of each file that is not empty, in pieces of at most 1 MiB, in order.
 
     Raises:
         UserInputError: something is no longer what the walk saw, or cannot be read. The archive is
             unfinished then, and what was unpacked so far has to be thrown away.
     """
-    with _Packer(walk, write, on_progress) as packer:
+    with _Packer(walk, write, on_progress, companion, on_content) as packer:
         for entry in walk.entries:
             packer.add(entry)
         return packer.finish()
+
+
+def pack_files(files: Files, write: Callable[[bytes], object]) -> None:
+    """Send files that no folder on the host holds."""
+    for piece in _archived(files):
+        write(piece)
+    write(bytes(2 * _BLOCK))
 
 
 def pack_returned(manifest: Manifest, contents: Contents, write: Callable[[bytes], object]) -> None:
@@ -94,11 +122,18 @@ class _Packer:
     """One archive being written. Keeps the folders on the way to the current entry open."""
 
     def __init__(
-        self, walk: Walk, write: Callable[[bytes], object], on_progress: Callable[[int, int], None] | None
+        self,
+        walk: Walk,
+        write: Callable[[bytes], object],
+        on_progress: Callable[[int, int], None] | None,
+        companion: Companion | None,
+        on_content: Callable[[str, bytes], object] | None,
     ) -> None:
         self._walk = walk
+        self._companion = companion
         self._write = write
         self._on_progress = on_progress
+        self._on_content = on_content
         self._waiting = bytearray()
         self._items: dict[str, Item] = {}
         self._files = self._content = self._archive = 0
@@ -126,10 +161,15 @@ class _Packer:
         if entry.kind == "dir":
             self._items[entry.path] = Item("dir", entry.mode)
         else:
-            self._items[entry.path] = Item("symlink", 0, target=entry.target)
+            item = self._items[entry.path] = Item("symlink", 0, target=entry.target)
+            if self._companion is not None:
+                self._companion.add(entry.path, item, os.fsencode(entry.target or ""), 0)
 
     def finish(self) -> PushedManifest:
-        """Write the archive's end (tar: two empty blocks) and what is still waiting."""
+        """Write the companion's files, the archive's end (tar: two empty blocks) and what is still waiting."""
+        if self._companion is not None:
+            for piece in _archived(self._companion.members()):
+                self._put(piece)
         self._waiting += bytes(2 * _BLOCK)
         self._flush()
         return PushedManifest(Manifest(self._items), self._files, self._content, self._archive)
@@ -147,15 +187,21 @@ class _Packer:
             self._check_limits(entry.path, status.st_size)
             mode = status.st_mode & 0o777
             self._header(entry, mode, status.st_size, int(status.st_mtime))
-            digest = self._content_of(fd, entry.path, status.st_size)
+            digest, content = self._content_of(fd, entry.path, status.st_size)
         finally:
             os.close(fd)
         self._files += 1
-        self._items[entry.path] = Item("file", mode, status.st_size, digest)
+        item = self._items[entry.path] = Item("file", mode, status.st_size, digest)
+        if self._companion is not None:
+            self._companion.add(entry.path, item, content, int(status.st_mtime))
 
-    def _content_of(self, fd: int, path: str, size: int) -> str:
-        """Send exactly `size` bytes: what is appended meanwhile is left out, what is missing is an error."""
+    def _content_of(self, fd: int, path: str, size: int) -> tuple[str, bytes]:
+        """Send exactly `size` bytes: what is appended meanwhile is left out, what is missing is an error.
+
+        Returns their digest and, for a companion, themselves.
+        """
         sha = hashlib.sha256()
+        pieces = []
         left = size
         while left:
             try:
@@ -165,11 +211,15 @@ class _Packer:
             if not piece:
                 raise _changed(path, f"it became shorter: {left} of {size} bytes are missing")
             sha.update(piece)
+            if self._companion is not None:
+                pieces.append(piece)
             left -= len(piece)
             self._content += len(piece)
+            if self._on_content is not None:
+                self._on_content(path, piece)
             self._put(piece)
         self._put(bytes(-size % _BLOCK))
-        return sha.hexdigest()
+        return sha.hexdigest(), pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _check_limits(self, path: str, size: int) -> None:
         limits = self._walk.limits
@@ -213,6 +263,15 @@ class _Packer:
         self._waiting.clear()
         if self._on_progress is not None:
             self._on_progress(self._content, self._walk.total_bytes)
+
+
+def _archived(files: Files) -> Iterator[bytes]:
+    for path, size, content in files:
+        header = tarfile.TarInfo(path)
+        header.size, header.mode, header.mtime = size, 0o644, int(time.time())
+        yield header.tobuf(tarfile.GNU_FORMAT)
+        yield from content
+        yield bytes(-size % _BLOCK)
 
 
 def _changed(path: str, why: str | None) -> UserInputError:

@@ -22,6 +22,7 @@ from vmsandbox.guest.words import remote_command
 # Seconds. Under emulation (QEMU 7.2, Linux 6.12) one command in a hundred meets a lost wake-up: the driver there holds
 # what we sent, and sshd sleeps on it until something else arrives at the port. Then this does.
 KEEPALIVE = 0.5
+PLUMBING = "VMSANDBOX_PLUMBING"  # cloudinit/guest/sshd_config accepts it
 
 
 class GuestShell:
@@ -115,6 +116,7 @@ class GuestShell:
         cwd: str | None = None,
         env: dict[str, str] | None = None,
         terminal: tuple[str, int, int] | None = None,
+        plumbing: bool = False,
     ) -> Any:
         """Start a command (None: a login shell) and return its channel.
 
@@ -123,12 +125,15 @@ class GuestShell:
             cwd: folder in the guest.
             env: variables for the command, beside the guest's own.
             terminal: (TERM, columns, rows) for a pseudo-terminal.
+            plumbing: it is the host's own, and works under any system-call filter of the policy (worker-shell).
 
         Raises:
             GuestError: the connection is gone or the guest refused.
         """
         try:
             channel = self._transport.open_session(timeout=20)
+            if plumbing:
+                channel.update_environment({PLUMBING: "1"})
             if terminal is not None:
                 channel.get_pty(*terminal)
             if command is None and cwd is None:
@@ -137,6 +142,19 @@ class GuestShell:
                 channel.exec_command(remote_command(command, cwd, env))
         except CONNECTION_ERRORS as error:
             raise GuestError("the guest did not start the command", details=str(error)[:500]) from error
+        return channel
+
+    def evaluate(self, script: str) -> Any:
+        """Let the login shell itself run a script, without a program beside it; returns its channel.
+
+        Raises:
+            GuestError: the connection is gone or the guest refused.
+        """
+        try:
+            channel = self._transport.open_session(timeout=20)
+            channel.exec_command(script)
+        except CONNECTION_ERRORS as error:
+            raise GuestError("the guest did not start its shell", details=str(error)[:500]) from error
         return channel
 
     def run(

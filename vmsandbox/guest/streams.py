@@ -38,14 +38,20 @@ class Attention(Protocol):
 
 
 def join_streams(
-    channel: Any, stdin: int | None, stdout: Sink, stderr: Sink, attention: Attention | None = None
+    channel: Any,
+    stdin: int | None,
+    stdout: Sink,
+    stderr: Sink,
+    fed: Callable[[], None] | None = None,
+    attention: Attention | None = None,
 ) -> int:
     """Run the streams of a started command until it ends; returns its exit status.
 
     Args:
         channel: an SSH channel (`GuestShell.start`).
         stdin: a file descriptor to read from; None closes the command's stdin at once.
-        stdout, stderr: take what the command writes (untrusted bytes), in order.
+        stdout, stderr: take what the command writes (untrusted bytes), in order. What they raise ends it.
+        fed: called, from a thread of its own, whenever something was passed on to the command.
         attention: is looked at between two pieces.
 
     Raises:
@@ -54,7 +60,7 @@ def join_streams(
     if stdin is None:
         channel.shutdown_write()
     else:
-        threading.Thread(target=_feed, args=(channel, stdin, attention), daemon=True).start()
+        threading.Thread(target=_feed, args=(channel, stdin, fed, attention), daemon=True).start()
     while True:
         idle = True
         if attention is not None:
@@ -100,10 +106,12 @@ def write_all(fd: int) -> Sink:
     return write
 
 
-def _feed(channel: Any, stdin: int, attention: Attention | None) -> None:
+def _feed(channel: Any, stdin: int, fed: Callable[[], None] | None, attention: Attention | None) -> None:
     with suppress(OSError, EOFError):
         while data := _read(stdin, attention):
             channel.sendall(data)
+            if fed is not None:
+                fed()
         channel.shutdown_write()
 
 

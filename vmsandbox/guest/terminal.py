@@ -13,12 +13,13 @@ import signal
 import sys
 import termios
 import tty
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from vmsandbox.errors import GuestError
-from vmsandbox.guest.streams import Attention
+from vmsandbox.guest.streams import Attention, Sink, write_all
 
 # Leave bracketed paste, mouse reports, the alternate screen and hidden cursor; normal attributes. A program that
 # was cut off, or a hostile one, may have left them on.
@@ -32,13 +33,21 @@ def terminal_size() -> tuple[str, int, int]:
     return os.environ.get("TERM", "xterm-256color"), size.columns, size.lines
 
 
-def run_terminal(channel: Any, attention: Attention | None = None) -> int:
+def run_terminal(
+    channel: Any, shown: Callable[[Sink], Sink] | None = None, typed: Callable[[], None] | None = None,
+    attention: Attention | None = None,
+) -> int:  # fmt: skip
     """Join the process's terminal with a channel that has a pseudo-terminal; returns the exit status.
 
     Ctrl-C and every other key go to the guest, but for those that answer what wants `attention`. Raises GuestError if
     the connection broke.
+
+    Args:
+        shown: makes of what writes onto the terminal what is called instead. What that raises ends it.
+        typed: called whenever a person typed something.
     """
     stdin, stdout = sys.stdin.fileno(), sys.stdout.fileno()
+    plain = write_all(stdout)
     before = termios.tcgetattr(stdin)
 
     def resized(_signal: int, _frame: FrameType | None) -> None:
@@ -49,7 +58,7 @@ def run_terminal(channel: Any, attention: Attention | None = None) -> int:
     old_handler = signal.signal(signal.SIGWINCH, resized)
     try:
         tty.setraw(stdin)
-        _pump(channel, stdin, stdout, attention)
+        _pump(channel, stdin, shown(plain) if shown else plain, typed, attention)
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
         signal.signal(signal.SIGWINCH, old_handler)
@@ -61,7 +70,7 @@ def run_terminal(channel: Any, attention: Attention | None = None) -> int:
     return status
 
 
-def _pump(channel: Any, stdin: int, stdout: int, attention: Attention | None) -> None:
+def _pump(channel: Any, stdin: int, write: Sink, seen: Callable[[], None] | None, attention: Attention | None) -> None:
     sources: list[Any] = [channel, stdin]
     while True:
         ready, _, _ = select.select([*sources, *(attention.sources() if attention else ())], [], [], 0.5)
@@ -72,13 +81,13 @@ def _pump(channel: Any, stdin: int, stdout: int, attention: Attention | None) ->
             data = channel.recv(_PIECE)
             if not data:
                 return
-            view = memoryview(data)
-            while view:
-                view = view[os.write(stdout, view) :]
+            write(data)
         if stdin in ready:
             typed = os.read(stdin, _PIECE)
             if typed:
                 channel.sendall(typed)
+                if seen is not None:
+                    seen()
             else:
                 sources.remove(stdin)  # the terminal was closed
                 channel.shutdown_write()

@@ -153,6 +153,16 @@ class Host:
         """The XML of the domain as it runs."""
         return str(self._call("reading the guest's live XML", lambda: self._lookup(uuid).XMLDesc(0)))
 
+    def write_rate(self, uuid: str, disk: str) -> int:
+        """Bytes a second that QEMU lets a running domain write to this disk; 0: as many as it likes."""
+        tuned = self._call("reading the disk's limits", lambda: self._lookup(uuid).blockIoTune(disk))
+        return int(tuned["write_bytes_sec"])
+
+    def set_memory(self, uuid: str, mib: int) -> None:
+        """Let a running domain's balloon leave it this much memory."""
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        self._call("ballooning the guest", lambda: self._lookup(uuid).setMemoryFlags(mib * 1024, flags))
+
     def list_sessions(self, namespace: str) -> list[Running]:
         """The active domains whose metadata carries our namespace."""
         found = []

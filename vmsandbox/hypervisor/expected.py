@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.render.network import CardPlan
-from vmsandbox.spec import Accelerator
+from vmsandbox.spec import NO_LIMITS, Accelerator, GuestLimits
 
 
 class ChainFile(Protocol):
@@ -39,6 +39,8 @@ class ExpectedDevices:
     qemu_args    exactly the arguments in <qemu:commandline>
     rng          whether there is a virtio-rng (always from /dev/urandom)
     card         the one network card; None: there may be none
+    limits       of the disk
+    balloon      whether there is a memory balloon
     """
 
     accelerator: Accelerator
@@ -54,6 +56,8 @@ class ExpectedDevices:
     qemu_args: tuple[str, ...] = ()
     rng: bool = False
     card: CardPlan | None = None
+    limits: GuestLimits = NO_LIMITS
+    balloon: bool = False
 
     @classmethod
     def of(cls, plan: DomainPlan, card: CardPlan | None = None) -> ExpectedDevices:
@@ -71,4 +75,6 @@ class ExpectedDevices:
             serial=("unix", plan.console_socket),
             qemu_args=plan.qemu_args,
             card=card,
+            limits=plan.limits,
+            balloon=plan.shape.balloon,
         )

@@ -6,21 +6,22 @@ holds for the memory.
 
 from __future__ import annotations
 
+import os
 import socket
 import uuid as uuids
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmsandbox.errors import HostError
+from vmsandbox.errors import HostError, RefusedError
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.launch import Machine, choose_user, create_overlay, disk_errors, give, own_folder
 from vmsandbox.hypervisor.memory import ForkMemory, fork_memory
 from vmsandbox.hypervisor.template import ImageFiles, Template
 from vmsandbox.process import Programs
-from vmsandbox.render.domain import DiskImage, DomainPlan, render_domain
-from vmsandbox.spec import GuestShape
+from vmsandbox.render.domain import DISK_TARGET, DiskImage, DomainPlan, render_domain
+from vmsandbox.spec import NO_LIMITS, GuestLimits, GuestShape
 
 DOMAIN_PREFIX = "vmsandbox-"
 
@@ -41,6 +42,7 @@ class ForkRequest:
     machine: Machine
     folder: Path
     run_folder: Path
+    limits: GuestLimits = NO_LIMITS
 
 
 def plan_fork(request: ForkRequest, memory: ForkMemory, user: tuple[int, int] | None) -> DomainPlan:
@@ -56,7 +58,7 @@ def plan_fork(request: ForkRequest, memory: ForkMemory, user: tuple[int, int] | 
         initrd=request.template.initrd,
         disk_chain=(
             DiskImage(request.folder / "disk.qcow2", "qcow2"),
-            DiskImage(request.template.disk, "qcow2"),
+            *(DiskImage(disk, "qcow2") for disk in request.template.disks),
             DiskImage(request.image.root, "raw"),
         ),
         run_folder=request.run_folder,
@@ -67,6 +69,7 @@ def plan_fork(request: ForkRequest, memory: ForkMemory, user: tuple[int, int] | 
         session_id=request.session_id,
         home=request.folder.parent.parent,
         run_as=user,
+        limits=request.limits,
     )
 
 
@@ -80,16 +83,21 @@ def start_fork(
 
     Raises:
         HostError: libvirt or QEMU refused, or the disk is full. The caller destroys the domain and its files.
+        RefusedError: a limit is not in force.
     """
     template, live = request.template, request.folder.parent.parent
     user = choose_user(host, request.shape)
     with disk_errors("making the session's files"):
         own_folder(request.folder, user)
         own_folder(request.run_folder, user)
-    with fork_memory(host, request.machine, template, request.folder, live, user, programs) as memory:
+    with fork_memory(
+        host, request.machine, template, request.folder, live, user, programs, own=request.shape.balloon
+    ) as memory:
         plan = plan_fork(request, memory, user)
         disk = plan.disk_chain[0].path
         create_overlay(programs, disk, template.disk, "qcow2")
+        if request.limits.disk_bytes is not None:
+            os.truncate(disk, request.limits.disk_bytes)  # sparse: the part that QEMU may use has to be there
         give(disk, user)
         host.create(render_domain(plan), paused=True)
         control = ControlPort(plan.control_socket)
@@ -97,16 +105,28 @@ def start_fork(
             # Connected before the state is loaded, as when the template was frozen: the guest sees no change.
             control.connect(5)
             inspect(plan, host.live_xml(plan.uuid))
+            _write_rate_in_force(host, plan)
             memory.wait()
-            _load_state(host, plan.uuid, template.state)
+            load_state(host, plan.uuid, template.state)
             host.resume(plan.uuid)
+            if request.limits.memory_reserved_mib is not None:
+                host.set_memory(plan.uuid, request.limits.memory_reserved_mib)
         except BaseException:
             control.close()
             raise
     return plan, control
 
 
-def _load_state(host: Host, uuid: str, state: Path) -> None:
+def _write_rate_in_force(host: Host, plan: DomainPlan) -> None:
+    """The XML repeats what was asked for; QEMU says what it does. Raises RefusedError."""
+    wanted = plan.limits.write_rate
+    if wanted is not None and (found := host.write_rate(plan.uuid, DISK_TARGET)) != wanted:
+        raise RefusedError(
+            f"the guest's disk is not limited to {wanted} bytes a second", details=f"QEMU's limit is {found}"
+        )
+
+
+def load_state(host: Host, uuid: str, state: Path) -> None:
     """Feed the template's device state to a QEMU that waits for it."""
     host.qmp(
         uuid,

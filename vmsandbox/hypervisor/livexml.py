@@ -16,7 +16,7 @@ from vmsandbox.errors import RefusedError
 from vmsandbox.hypervisor.expected import ChainFile, ExpectedDevices
 from vmsandbox.render.domain import UNUSED_CAPABILITY
 from vmsandbox.render.network import CardPlan, render_interface
-from vmsandbox.spec import Accelerator
+from vmsandbox.spec import Accelerator, GuestLimits
 
 __all__ = ["ExpectedDevices", "check_live_xml"]
 
@@ -114,6 +114,7 @@ def _devices(devices: ET.Element, expected: ExpectedDevices) -> Iterator[str]:
     yield from _differs("number of disks", len(disks), 1)
     for disk in disks:
         yield from _disk(disk, expected.disk_chain)
+        yield from _disk_limits(disk, expected.limits)
     yield from _channels(devices.findall("channel"), expected)
     yield from _serial(devices, expected)
     rngs = devices.findall("rng")
@@ -126,7 +127,7 @@ def _devices(devices: ET.Element, expected: ExpectedDevices) -> Iterator[str]:
         yield from _card(devices.findall("interface"), expected.card)
     for element in devices:
         if element.tag not in known:
-            yield from _implied(element)
+            yield from _implied(element, expected.balloon)
 
 
 def _card(interfaces: list[ET.Element], plan: CardPlan) -> Iterator[str]:
@@ -149,12 +150,12 @@ def _facts(element: ET.Element, above: str = "") -> set[tuple[str, tuple[tuple[s
     return facts
 
 
-def _implied(element: ET.Element) -> Iterator[str]:
+def _implied(element: ET.Element, balloon: bool) -> Iterator[str]:
     """Devices that libvirt adds to every q35 machine by itself, and nothing else."""
     kind, model = element.get("type"), element.get("model")
     allowed = {
         "controller": (kind, model) in _CONTROLLERS,
-        "memballoon": model in ("virtio", "none"),
+        "memballoon": model == ("virtio" if balloon else "none"),
         "input": element.get("bus") == "ps2" and kind in ("mouse", "keyboard"),
         "audio": kind == "none",
         # libvirt >= 9.1 shows the one of q35's chipset; the action "dump" would write a file on the host.
@@ -168,7 +169,7 @@ def _implied(element: ET.Element) -> Iterator[str]:
 
 def _disk(disk: ET.Element, chain: Sequence[ChainFile]) -> Iterator[str]:
     yield from _attributes(disk, type="file", device="disk")
-    yield from _only(disk, {"driver", "source", "backingStore", "target", "alias", "address"})
+    yield from _only(disk, {"driver", "source", "backingStore", "target", "iotune", "alias", "address"})
     yield from _exactly_one(disk, "driver", "source", "target")
     for target in disk.findall("target"):
         yield from _differs("disk's bus", target.get("bus"), "virtio")
@@ -177,7 +178,7 @@ def _disk(disk: ET.Element, chain: Sequence[ChainFile]) -> Iterator[str]:
     layer: ET.Element | None = disk
     while layer is not None:
         for source in layer.findall("source"):
-            yield from _only(source, {"seclabel"})
+            yield from _only(source, {"seclabel", "slices"} if layer is disk else {"seclabel"})
             yield from _only_attributes(source, {"file", "index"})
             found.append((source.get("file"), formats[0] if formats else None))
         layer = layer.find("backingStore")
@@ -188,6 +189,18 @@ def _disk(disk: ET.Element, chain: Sequence[ChainFile]) -> Iterator[str]:
         yield from _exactly_one(layer, "format", "source")
         formats = [element.get("type") for element in layer.findall("format")]
     yield from _differs("disk's files", found, [(str(file.path), file.format) for file in chain])
+
+
+def _disk_limits(disk: ET.Element, limits: GuestLimits) -> Iterator[str]:
+    slices = [dict(part.attrib) for part in disk.findall("source/slices/*")]
+    wanted = [{"type": "storage", "offset": "0", "size": str(limits.disk_bytes)}] if limits.disk_bytes else []
+    yield from _differs("part of the disk's file that may be used", slices, wanted)
+    if limits.disk_bytes:
+        policies = [driver.get("error_policy") for driver in disk.findall("driver")]
+        yield from _differs("disk's error policy", policies, ["report"])
+    rates = [(rate.tag, rate.text) for rate in disk.findall("iotune/*")]
+    wanted_rates = [("write_bytes_sec", str(limits.write_rate))] if limits.write_rate else []
+    yield from _differs("rates of the disk", rates, wanted_rates)
 
 
 def _channels(channels: list[ET.Element], expected: ExpectedDevices) -> Iterator[str]:

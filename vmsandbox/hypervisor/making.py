@@ -5,28 +5,26 @@ A cold boot takes half a minute under emulation; it happens once for a template,
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
 import threading
 import time
 import uuid as uuids
-from contextlib import closing, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from vmsandbox.errors import GuestError, HostError, VmsandboxError
+from vmsandbox.errors import GuestError, VmsandboxError
 from vmsandbox.guest.control import ControlPort, PortClosedError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.console import ConsoleTail
-from vmsandbox.hypervisor.files import dig_holes, new_sparse, sha256_of, stamp_of
+from vmsandbox.hypervisor.files import new_sparse
+from vmsandbox.hypervisor.freezing import freeze, publish
 from vmsandbox.hypervisor.launch import choose_user, create_overlay, disk_errors, give, own_folder
 from vmsandbox.hypervisor.template import DISK, INITRD, RAM, STATE, Template, TemplatePlan, TemplateStore
 from vmsandbox.monitor import Monitor
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DiskImage, DomainPlan, render_domain
-from vmsandbox.spec import Accelerator
+from vmsandbox.spec import Accelerator, GuestShape
 
 BOOT_DEADLINE = 300  # seconds; emulation on a busy machine is slow
 
@@ -47,12 +45,8 @@ def obtain_template(
         ImageError: the template was tampered with.
         HostError: libvirt, QEMU or the disk failed.
     """
-    if found := store.find(plan.key):
-        return found
-    waiting = "another vmsandbox is making the same template; waiting for it"
-    with store.lock(plan.key, lambda: monitor.notice(waiting)):
-        if found := store.find(plan.key):
-            return found
+
+    def make() -> Template:
         try:
             return _make(host, plan, store, programs, monitor)
         except GuestDiedError as error:
@@ -62,30 +56,47 @@ def obtain_template(
             monitor.notice(f"the emulated guest died while it booted, trying once more ({error.last_line})")
             return _make(host, plan, store, programs, monitor)
 
+    return find_or_make(plan.key, store, monitor, make)
+
+
+def find_or_make(key: str, store: TemplateStore, monitor: Monitor, make: Callable[[], Template]) -> Template:
+    """The template of this key, made by one process alone if there is none."""
+    if found := store.find(key):
+        return found
+    waiting = "another vmsandbox is making the same template; waiting for it"
+    with store.lock(key, lambda: monitor.notice(waiting)):
+        return store.find(key) or make()
+
 
 def _make(host: Host, plan: TemplatePlan, store: TemplateStore, programs: Programs, monitor: Monitor) -> Template:
     started = time.monotonic()
-    uuid = str(uuids.uuid4())
-    making = store.folder / f".making-{uuid}"
-    run = store.run / f"t-{uuid[:8]}"
-    user = choose_user(host, plan.shape)
-    domain = _domain_plan(plan, uuid, making, run, user)
-    try:
-        with (
-            monitor.step(f"making template {plan.key[:12]} (first use of this image and shape)"),
-            disk_errors("making the template's files"),
-            store.making(making),
-        ):
-            store.run.mkdir(mode=0o711, parents=True, exist_ok=True)
-            own_folder(making, user)
-            own_folder(run, user)
+    with in_the_making(host, plan.shape, store) as (uuid, making, run, user):
+        domain = _domain_plan(plan, uuid, making, run, user)
+        with monitor.step(f"making template {plan.key[:12]} (first use of this image and shape)"):
             _prepare_files(plan, domain, programs, user)
             host.create(render_domain(domain), paused=False)
             _boot(host, domain, monitor)
-            _freeze(host, uuid, making / STATE)
+            freeze(host, uuid, making / STATE)
             host.destroy(uuid)
             monitor.progress(0.95, 1, "computing digests")
-            return _publish(plan, store, making, time.monotonic() - started)
+            return publish(store, making, plan.key, plan.facts, time.monotonic() - started)
+
+
+@contextmanager
+def in_the_making(
+    host: Host, shape: GuestShape, store: TemplateStore
+) -> Iterator[tuple[str, Path, Path, tuple[int, int] | None]]:
+    """A guest's UUID, folders (files, sockets) and user, for a template that is made; all of it is gone afterwards."""
+    uuid = str(uuids.uuid4())
+    making = store.folder / f".making-{uuid}"
+    run = store.run / f"t-{uuid[:8]}"
+    user = choose_user(host, shape)
+    try:
+        with disk_errors("making the template's files"), store.making(making):
+            store.run.mkdir(mode=0o711, parents=True, exist_ok=True)
+            own_folder(making, user)
+            own_folder(run, user)
+            yield uuid, making, run, user
     finally:
         with suppress(VmsandboxError):
             host.destroy(uuid)
@@ -176,54 +187,3 @@ def _wait_for_hello(
     if isinstance(result[0], VmsandboxError):
         raise result[0]
     return result[0]
-
-
-def _freeze(host: Host, uuid: str, state: Path) -> None:
-    """Save the device state; the memory is already in its file."""
-    host.qmp(
-        uuid,
-        "migrate-set-capabilities",
-        {"capabilities": [{"capability": "x-ignore-shared", "state": True}]},
-    )
-    ours, qemus = socket.socketpair()
-    chunks: list[bytes] = []
-
-    def drain() -> None:
-        while chunk := ours.recv(1 << 20):
-            chunks.append(chunk)
-
-    with ours:
-        with qemus:
-            host.qmp(uuid, "getfd", {"fdname": "freeze"}, fd=qemus.fileno())
-        reader = threading.Thread(target=drain, daemon=True)
-        reader.start()
-        host.qmp(uuid, "migrate", {"uri": "fd:freeze"})
-        host.migration_finished(uuid, deadline=60)
-        reader.join(timeout=30)
-        if reader.is_alive():
-            raise HostError("QEMU did not finish writing the template's state")
-    state.write_bytes(b"".join(chunks))
-
-
-def _publish(plan: TemplatePlan, store: TemplateStore, making: Path, seconds: float) -> Template:
-    dig_holes(making / RAM)
-    digests = {name: sha256_of(making / name) for name in (DISK, RAM, STATE, INITRD)}
-    for name in digests:
-        os.chown(making / name, os.geteuid(), os.getegid())
-        (making / name).chmod(0o444)
-    stamps = {name: stamp_of(making / name) for name in digests}
-    manifest = {
-        "key": plan.key,
-        "image": {"name": plan.image.name, "digest": plan.image.digest},
-        "shape": asdict(plan.shape),
-        "qemu": plan.machine.qemu_version,
-        "machine": plan.machine.type,
-        "digests": digests,
-        "stamps": stamps,
-        "seconds": round(seconds, 2),
-    }
-    (making / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    os.chown(making, os.geteuid(), os.getegid())
-    making.chmod(0o755)
-    making.rename(store.folder / plan.key)
-    return Template(plan.key, store.folder / plan.key, digests, seconds)

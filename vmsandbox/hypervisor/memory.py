@@ -7,7 +7,8 @@ sealed    Older QEMU insists on opening the file for writing, and its balloon pu
           mapping is private, so a guest could blank memory that the next fork starts from. A memfd with
           F_SEAL_WRITE may be opened for writing, but nobody can change it again, not even with the descriptor.
           It lives as long as one guest has it open; the next fork finds it there by its inode number.
-copied    Where QEMU may only open files that a MAC profile names (AppArmor, SELinux): a copy for each session.
+copied    Where QEMU may only open files that a MAC profile names (AppArmor, SELinux), and for a guest with a balloon
+          (of a file that it shares, or may not write, QEMU gives nothing back): a copy for each session.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def fork_memory(
     live: Path,
     user: tuple[int, int] | None,
     programs: Programs,
+    *,
+    own: bool = False,
 ) -> Iterator[ForkMemory]:
     """Provide a fork's memory until QEMU has opened it.
 
@@ -57,15 +60,16 @@ def fork_memory(
         folder: the session's own folder for QEMU's files.
         live: the folder of all live sessions, where a sealed memory is looked for.
         user: the QEMU user of this session.
+        own: share nothing.
 
     Raises:
         HostError: no room for the memory.
     """
     with ExitStack() as stack:
-        if machine.opens_memory_readonly:
-            yield ForkMemory(template.ram, True, lambda: None)
-        elif host.confined_by_mac:
+        if own or (host.confined_by_mac and not machine.opens_memory_readonly):
             yield _copied(template, folder, user, stack)
+        elif machine.opens_memory_readonly:
+            yield ForkMemory(template.ram, True, lambda: None)
         else:
             yield _sealed(template, folder, live, user, programs, stack)
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from vmsandbox.errors import ImageError
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
@@ -28,6 +29,7 @@ from vmsandbox.spec import Accelerator, GuestShape
 _MAKERS = (
     Path(__file__),
     Path(__file__).with_name("making.py"),
+    Path(__file__).with_name("freezing.py"),
     Path(domain_module.__file__),
     Path(seed_module.__file__),
 )
@@ -75,20 +77,36 @@ class TemplatePlan:
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is made from, for people."""
+        return {
+            "image": {"name": self.image.name, "digest": self.image.digest},
+            "shape": asdict(self.shape),
+            "qemu": self.machine.qemu_version,
+            "machine": self.machine.type,
+        }
+
 
 @dataclass(frozen=True)
 class Template:
-    """A published template: its key, folder, and the digests of its files."""
+    """A published template: its key, folder, and the digests of its files. base: what it was tailored from, if so."""
 
     key: str
     folder: Path
     digests: dict[str, str]
     seconds: float
+    base: Template | None = None
 
     @property
     def disk(self) -> Path:
-        """qcow2 overlay on the image: what the first boot wrote."""
+        """qcow2 overlay on what is below: what the first boot, or the tailoring, wrote."""
         return self.folder / DISK
+
+    @property
+    def disks(self) -> tuple[Path, ...]:
+        """The qcow2 overlays of it, the last first; the image is below them."""
+        return (self.disk, *(self.base.disks if self.base else ()))
 
     @property
     def ram(self) -> Path:
@@ -135,9 +153,19 @@ class TemplateStore:
                     details=f"{folder / name} does not have the digest in its manifest",
                     resolution="`vmsandbox gc --templates` removes it; the next session makes a new one",
                 )
+        base = self.find(manifest["base"]) if manifest.get("base") else None
+        if manifest.get("base") and base is None:
+            return None
         with suppress(OSError):
             os.utime(folder / "manifest.json")  # when it was last used, for `gc`
-        return Template(key, folder, manifest["digests"], manifest["seconds"])
+        return Template(key, folder, manifest["digests"], manifest["seconds"], base)
+
+    def base_of(self, key: str) -> str | None:
+        """The key of the template that this one was tailored from, if it was."""
+        with suppress(OSError, ValueError, AttributeError):
+            base = json.loads((self.folder / key / "manifest.json").read_text()).get("base")
+            return base if isinstance(base, str) else None
+        return None
 
     def _same_content(self, folder: Path, name: str, manifest: dict[str, dict[str, str]]) -> bool:
         """A copied or restored folder has new stamps but may hold the same bytes."""

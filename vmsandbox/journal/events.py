@@ -74,6 +74,34 @@ class ProjectPushed(Event):
 
 
 @dataclass(frozen=True)
+class PushScanned(Event):
+    """What was found in what was to be copied in: counts by kind, the first 30 findings (kind, path, line, what).
+
+    files: that were looked at. partly: of them, those of which only the beginning was. refused: nothing was sent.
+    """
+
+    kind: ClassVar[str] = "push.scanned"
+    files: int
+    partly: int
+    counts: dict[str, int]
+    findings: list[dict[str, object]]
+    refused: bool
+
+
+@dataclass(frozen=True)
+class PolicyEnforced(Event):
+    """What is in force in the guest is what its policy says, read from a process of the worker's before any command.
+
+    facts: SHA-256 of what was read, canonical JSON; checks: how many single things were compared.
+    """
+
+    kind: ClassVar[str] = "policy.enforced"
+    facts: str
+    checks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CommandStarted(Event):
     """The host asked the guest to run a command (None: a login shell)."""
 
@@ -142,6 +170,16 @@ class ReturnRefused(Event):
     kind: ClassVar[str] = "return.refused"
     brief: str
     details: str
+
+
+@dataclass(frozen=True)
+class ReturnRulesKept(Event):
+    """What the policy lets come back, from now on (`sandbox.return`). `digest`: of the rules in the record."""
+
+    kind: ClassVar[str] = "return.rules"
+    accept: str | None
+    denied_paths: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -264,6 +302,38 @@ class GuestThawed(Event):
     """A person let a frozen guest go on."""
 
     kind: ClassVar[str] = "guest.thawed"
+
+
+@dataclass(frozen=True)
+class LimitReached(Event):
+    """A limit of the policy was met. time, idle (seconds): the session ends. output (bytes): the command was ended."""
+
+    kind: ClassVar[str] = "session.limit"
+    limit: str
+    value: float
+
+
+@dataclass(frozen=True)
+class HealthcheckFailed(Event):
+    """A run of the health check failed: `failures` in a row. status None: cut off. output: untrusted, its end.
+
+    Written until the guest counts as unhealthy; from then on only the change back is.
+    """
+
+    kind: ClassVar[str] = "health.failed"
+    failures: int
+    status: int | None
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
+class HealthChanged(Event):
+    """The guest is healthy or unhealthy from now on. failures: in a row, until now."""
+
+    kind: ClassVar[str] = "health.changed"
+    state: str
+    failures: int
 
 
 @dataclass(frozen=True)

@@ -5,39 +5,23 @@ Without the line, the key and a suggestion, a person whose policy is refused wou
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UserInputError
+from vmsandbox.policy.layer import Layer, SignedBy, said_keys
+from vmsandbox.policy.packaged import packaged_policy
 from vmsandbox.policy.strictyaml import MAX_BYTES, StrictYaml
-from vmsandbox.policy.values import CommandsPolicy, FilesystemPolicy, NetworkPolicy, NetworkRule, Policy, SecretSource
+from vmsandbox.policy.values import Policy, SeccompProfile
 
 if TYPE_CHECKING:
-    from vmsandbox.policy.model_network import Network, Rule, Secret
+    from vmsandbox.policy.model import Sandbox
 
 NAMES = (".claude/sandbox.yaml", ".vmsandbox.yaml")
-_KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("sandbox",),
-    ("sandbox",): ("filesystem", "network", "commands"),
-    ("sandbox", "filesystem"): ("allowed_paths", "denied_paths"),
-    ("sandbox", "network"): (
-        "mode", "allowed_hosts", "denied_hosts", "rules", "secrets", "packages", "dlp", "limits", "resolver",
-    ),
-    ("sandbox", "network", "rules"): ("host", "ports", "methods", "paths", "addresses", "tls"),
-    ("sandbox", "network", "secrets"): ("name", "from", "hosts", "header", "prefix", "methods"),
-    ("sandbox", "network", "secrets", "from"): ("env", "file", "command"),
-    ("sandbox", "network", "packages"): ("allow", "deny", "minimum_age_days"),
-    ("sandbox", "network", "dlp"): ("secrets", "canaries", "freeze"),
-    ("sandbox", "network", "limits"): (
-        "connections", "header_bytes", "request_bytes", "response_bytes", "bytes_per_second", "connect_seconds",
-        "idle_seconds",
-    ),
-    ("sandbox", "commands"): ("allowed", "denied", "require_confirmation"),
-}  # fmt: skip
 _EXAMPLE = "sandbox: {filesystem: {denied_paths: [./secrets/]}}"
-_MODES = ("none", "restricted", "proxy", "filtered")
 
 
 def find_policy(project: Path) -> Path | None:
@@ -69,90 +53,119 @@ def load_policy(path: Path) -> Policy:
     Raises:
         UserInputError: it cannot be read, or is not a policy; names the file, the line and the key.
     """
-    content = _read(path)
+    return load_layer(path).policy
+
+
+def load_layer(path: Path, *, organisation: bool = False) -> Layer:
+    """The same, with the keys that the file has, their lines, and the bytes that were read.
+
+    Args:
+        organisation: whether it is the organisation's file, which alone may demand signatures.
+    """
+    path = packaged_policy(path)
+    content = read_bounded(path, "the policy")
+    from vmsandbox.policy.from_model import policy_of
     from vmsandbox.policy.model import PolicyFile
 
-    reader = StrictYaml(f"the policy {path}", _EXAMPLE, _KEYS, ("mode", _MODES))
+    reader = StrictYaml(f"the policy {path}", _EXAMPLE)
     sandbox = reader.read(content, PolicyFile).sandbox
-    return Policy(
-        filesystem=FilesystemPolicy(
-            allowed_paths=tuple(sandbox.filesystem.allowed_paths),
-            denied_paths=tuple(sandbox.filesystem.denied_paths),
-        ),
-        network=_network(sandbox.network),
-        commands=CommandsPolicy(
-            allowed=tuple(sandbox.commands.allowed),
-            denied=tuple(sandbox.commands.denied),
-            require_confirmation=tuple(sandbox.commands.require_confirmation),
-        ),
-        source=path,
+    files = [(path, content)]
+    profiles = []
+    for number, name in enumerate(sandbox.kernel.seccomp):
+        profile, raw = _profile(path, reader, number, name)
+        profiles.append(profile)
+        files.append((profile.source, raw))
+    policy = policy_of(sandbox, path, tuple(profiles))
+    return Layer(
+        policy, said_keys(reader.lines), dict(reader.lines), tuple(files), _signed(sandbox, reader, organisation)
     )
 
 
-def _network(section: Network) -> NetworkPolicy:
-    packages = section.packages
-    return NetworkPolicy(
-        mode=section.mode,
-        allowed_hosts=tuple(section.allowed_hosts),
-        denied_hosts=tuple(section.denied_hosts),
-        rules=tuple(_rule(one) for one in section.rules),
-        secrets=tuple(_secret(one) for one in section.secrets),
-        packages_allow=None if packages.allow is None else tuple(packages.allow),
-        packages_deny=tuple(packages.deny),
-        packages_minimum_age_days=packages.minimum_age_days,
-        dlp_secrets=section.dlp.secrets,
-        dlp_canaries=section.dlp.canaries,
-        dlp_freeze=section.dlp.freeze,
-        limits=tuple((name, value) for name, value in section.limits.model_dump().items() if value is not None),
-        resolver=tuple(section.resolver),
-    )
+def read_bounded(path: Path, what: str, most: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file that a person named.
 
+    Args:
+        what: what it is called in errors.
+        most: how many bytes it may have.
 
-def _rule(rule: Rule) -> NetworkRule:
-    return NetworkRule(
-        rule.host,
-        ports=tuple(dict.fromkeys(rule.ports)),
-        methods=tuple(dict.fromkeys(rule.methods)),
-        paths=tuple(dict.fromkeys(rule.paths)),
-        addresses=tuple(dict.fromkeys(rule.addresses)),
-        tls=rule.tls,
-    )
-
-
-def _secret(secret: Secret) -> SecretSource:
-    return SecretSource(
-        secret.name,
-        env=secret.from_.env,
-        file=secret.from_.file,
-        command=tuple(secret.from_.command or ()),
-        hosts=tuple(secret.hosts),
-        header=secret.header,
-        prefix=secret.prefix,
-        methods=tuple(dict.fromkeys(secret.methods)),
-    )
-
-
-def _read(path: Path) -> bytes:
+    Raises:
+        UserInputError: it cannot be read, is no regular file, or is too large.
+    """
     # O_NONBLOCK: a FIFO in the file's place must not block.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise UserInputError(f"the policy cannot be read: {path}", details=str(error)) from error
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"{what} cannot be read: {path}", details=str(error)) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UserInputError(
-                f"the policy is not a regular file: {path}", resolution="name a YAML file with --policy"
-            )
+            raise UserInputError(f"{what} is not a regular file: {path}", resolution="name another file")
         with os.fdopen(fd, "rb", closefd=False) as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(most + 1)
     except OSError as error:
-        raise UserInputError(f"the policy cannot be read: {path}", details=str(error)) from error
+        raise UserInputError(f"{what} cannot be read: {path}", details=str(error)) from error
     finally:
         os.close(fd)
-    if len(content) > MAX_BYTES:
+    if len(content) > most:
         raise UserInputError(
-            f"the policy is too large: {path}",
-            details=f"a policy may have {MAX_BYTES // 1024} KiB",
+            f"{what} is too large: {path}",
+            details=f"it may have {most // 1024} KiB",
             resolution="is it the right file?",
         )
     return content
+
+
+def _profile(policy: Path, reader: StrictYaml, number: int, name: str) -> tuple[SeccompProfile, bytes]:
+    """One seccomp profile that the policy names, read and checked."""
+    from vmsandbox.policy.oci_seccomp import check_profile
+
+    key = ("sandbox", "kernel", "seccomp")
+    where = (*key, number) if (*key, number) in reader.lines else key
+    path = policy.parent / name
+    try:
+        raw = read_bounded(path, "the seccomp profile")
+        text = canonical_json(raw)
+        check_profile(text, str(path))
+    except UserInputError as error:
+        raise reader.invalid([reader.at(where, error.brief), *error.details.splitlines()]) from error
+    except ValueError as error:
+        raise reader.invalid([reader.at(where, f"{path} is not a seccomp profile: {error}")]) from None
+    return SeccompProfile(path, text), raw
+
+
+def canonical_json(raw: bytes) -> str:
+    """A JSON object in its one form: sorted keys, no spaces.
+
+    Raises:
+        ValueError: it is none, or a key is in it twice.
+    """
+    try:
+        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is in it twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _signed(sandbox: Sandbox, reader: StrictYaml, organisation: bool) -> SignedBy | None:
+    if sandbox.signed is None:
+        return None
+    problem = ""
+    if not organisation:
+        problem = "only the organisation's file may demand signatures"
+    elif not sandbox.signed.allowed_signers.startswith("/"):
+        problem = "allowed_signers has to be an absolute path"
+    if problem:
+        raise reader.invalid([reader.at(("sandbox", "signed"), problem)])
+    return SignedBy(Path(sandbox.signed.allowed_signers), tuple(sandbox.signed.principals or ()))

@@ -6,38 +6,52 @@ Without a strict model a misspelt `denied_path:` would be read as "nothing is de
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from vmsandbox.policy.model_base import Strict, Texts, blank_is_default
+from vmsandbox.policy import words
+from vmsandbox.policy.model_base import Strict, Text, blank_is_default, described
+from vmsandbox.policy.model_guest import Commands, Filesystem, Kernel, Resources
 from vmsandbox.policy.model_network import Network
+from vmsandbox.policy.model_session import Push, Return, Session, Signed
 
-
-class Filesystem(Strict):
-    """Paths and globs on the host."""
-
-    allowed_paths: Texts = Field(default_factory=list)
-    denied_paths: Texts = Field(default_factory=list)
-
-
-class Commands(Strict):
-    """Command lines and globs."""
-
-    allowed: Texts = Field(default_factory=list)
-    denied: Texts = Field(default_factory=list)
-    require_confirmation: Texts = Field(default_factory=list)
+ImageName = Annotated[Text, AfterValidator(words.image)]
 
 
 class Sandbox(Strict):
-    """The three sections; each may be left out."""
+    """What a session is allowed. Each key may be left out."""
 
-    filesystem: Annotated[Filesystem, BeforeValidator(blank_is_default)] = Field(default_factory=Filesystem)
-    network: Annotated[Network, BeforeValidator(blank_is_default)] = Field(default_factory=Network)
-    commands: Annotated[Commands, BeforeValidator(blank_is_default)] = Field(default_factory=Commands)
+    image: ImageName | None = described("The image that guests are made from.")
+    isolation: Literal["emulated", "separated", "isolated"] | None = described("The least isolation grade.")
+    filesystem: Annotated[Filesystem, BeforeValidator(blank_is_default)] = described(
+        "What the worker may write, what is never sent.", default_factory=Filesystem
+    )
+    network: Annotated[Network, BeforeValidator(blank_is_default)] = described(
+        "What the guest may reach.", default_factory=Network
+    )
+    commands: Annotated[Commands, BeforeValidator(blank_is_default)] = described(
+        "What may run.", default_factory=Commands
+    )
+    kernel: Annotated[Kernel, BeforeValidator(blank_is_default)] = described(
+        "What of the guest's kernel is reached.", default_factory=Kernel
+    )
+    resources: Annotated[Resources, BeforeValidator(blank_is_default)] = described(
+        "What of the host may be used.", default_factory=Resources
+    )
+    session: Annotated[Session, BeforeValidator(blank_is_default)] = described(
+        "How long it lasts, what it is given.", default_factory=Session
+    )
+    push: Annotated[Push, BeforeValidator(blank_is_default)] = described(
+        "What is done about what is found in what goes in.", default_factory=Push
+    )
+    return_: Annotated[Return, BeforeValidator(blank_is_default)] = described(
+        "What may come back.", default_factory=Return, alias="return"
+    )
+    signed: Signed | None = described("Policies have to be signed. In the organisation's file alone.")
 
 
 class PolicyFile(Strict):
     """The whole file: one key, `sandbox`."""
 
-    sandbox: Sandbox
+    sandbox: Sandbox = Field(description="What a session is allowed.")

@@ -11,9 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from vmsandbox.policy import network_words as words
-from vmsandbox.policy.model_base import Strict, Text, blank_is_default, blank_is_empty
-
-MAX_ENTRIES = 2000
+from vmsandbox.policy.model_base import MAX_ENTRIES, Strict, Text, blank_is_default, blank_is_empty, described
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Entry = Annotated[Text, AfterValidator(words.entry)]
@@ -35,13 +33,21 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 class Rule(Strict):
     """Allows a host, narrowed to ports, methods and paths."""
 
-    host: Pattern
+    host: Pattern = Field(description="A name, *.name, *, an address, or a bundle (@pypi).")
     # On purpose: what is named may not be empty, or a blank `methods:` would allow any.
-    ports: Annotated[list[Port], Field(min_length=1, max_length=64)] = Field(default_factory=list)
-    methods: Methods = Field(default_factory=list)
-    paths: Annotated[list[PathGlob], Field(min_length=1, max_length=256)] = Field(default_factory=list)
-    addresses: Annotated[list[Address], Field(min_length=1, max_length=64)] = Field(default_factory=list)
-    tls: Annotated[Text, AfterValidator(words.tls), Field(json_schema_extra={"enum": list(words.TLS)})] = "auto"
+    ports: Annotated[list[Port], Field(min_length=1, max_length=64)] = described(
+        "Left out: 80 and 443, or the bundle's.", default_factory=list
+    )
+    methods: Methods = described("Left out: any.", default_factory=list)
+    paths: Annotated[list[PathGlob], Field(min_length=1, max_length=256)] = described(
+        "Globs; * is any text, slashes too. Left out: any.", default_factory=list
+    )
+    addresses: Annotated[list[Address], Field(min_length=1, max_length=64)] = described(
+        "Dialled instead of asking DNS; the only way to a private address.", default_factory=list
+    )
+    tls: Annotated[Text, AfterValidator(words.tls), Field(json_schema_extra={"enum": list(words.TLS)})] = described(
+        "Whether TLS is looked into.", default="auto"
+    )
 
     @model_validator(mode="after")
     def _can_be_kept(self) -> Rule:
@@ -57,9 +63,11 @@ class Rule(Strict):
 class Source(Strict):
     """Where a secret comes from on the host: exactly one of them."""
 
-    env: Variable | None = None
-    file: Text | None = None
-    command: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = None
+    env: Variable | None = described("A variable of the host.")
+    file: Text | None = described("A file of the host: absolute, ~/…, or relative to the project.")
+    command: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = described(
+        "A program of the host and its arguments: what it prints."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
@@ -71,41 +79,49 @@ class Source(Strict):
 class Secret(Strict):
     """A secret that the guest has a placeholder for."""
 
-    name: Variable
-    from_: Annotated[Source, BeforeValidator(words.not_the_secret_itself), Field(alias="from")]
-    hosts: Annotated[list[SecretHost], Field(min_length=1, max_length=64)]
-    header: Header = "authorization"
-    prefix: Annotated[str, AfterValidator(words.prefix)] = ""
-    methods: Methods = Field(default_factory=list)
+    name: Variable = Field(description="Of the variable in the guest.")
+    from_: Annotated[Source, BeforeValidator(words.not_the_secret_itself)] = Field(
+        alias="from", description="Where its value is on the host."
+    )
+    hosts: Annotated[list[SecretHost], Field(min_length=1, max_length=64)] = Field(
+        description="Which hosts it is sent to."
+    )
+    header: Header = described("Which header it is in.", default="authorization")
+    prefix: Annotated[str, AfterValidator(words.prefix)] = described("What precedes it there.", default="")
+    methods: Methods = described("Left out: any.", default_factory=list)
 
 
 class Packages(Strict):
     """Which packages may be fetched."""
 
     # On purpose: `allow:` with nothing behind it allows none, as with hosts; without the key any is.
-    allow: Annotated[list[Package] | None, BeforeValidator(blank_is_empty)] = None
-    deny: Annotated[list[Package], BeforeValidator(blank_is_empty)] = Field(default_factory=list)
-    minimum_age_days: Annotated[float, Field(ge=0, le=36500)] = 0
+    allow: Annotated[list[Package] | None, BeforeValidator(blank_is_empty)] = described(
+        "Globs, `name` or `ecosystem:name`. Left out: any."
+    )
+    deny: Annotated[list[Package], BeforeValidator(blank_is_empty)] = described(
+        "Globs; they win.", default_factory=list
+    )
+    minimum_age_days: Annotated[float, Field(ge=0, le=36500)] = described("Since it was uploaded.", default=0)
 
 
 class DlpSection(Strict):
     """What is looked for in what goes out."""
 
-    secrets: bool = True
-    canaries: bool = True
-    freeze: bool = False
+    secrets: bool = described("What looks like a key or a password.", default=True)
+    canaries: bool = described("Tokens that were planted in the guest.", default=True)
+    freeze: bool = described("Whether a hit freezes the guest.", default=False)
 
 
 class Limits(Strict):
     """Bounds; those that are not named are built in."""
 
-    connections: Annotated[int, Field(ge=1, le=10000)] | None = None
-    header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] | None = None
-    request_bytes: Count | None = None
-    response_bytes: Count | None = None
-    bytes_per_second: Annotated[int, Field(ge=0, le=1 << 50)] | None = None
-    connect_seconds: Seconds | None = None
-    idle_seconds: Seconds | None = None
+    connections: Annotated[int, Field(ge=1, le=10000)] | None = described("At once.")
+    header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] | None = described("Of one request.")
+    request_bytes: Count | None = described("Of one request's body.")
+    response_bytes: Count | None = described("Of one answer's body.")
+    bytes_per_second: Annotated[int, Field(ge=0, le=1 << 50)] | None = described("0: not limited.")
+    connect_seconds: Seconds | None = described("Until a server answers.")
+    idle_seconds: Seconds | None = described("Until a silent connection ends.")
 
 
 RuleList = Annotated[list[Rule], BeforeValidator(blank_is_empty), Field(max_length=MAX_ENTRIES)]
@@ -116,21 +132,23 @@ ResolverList = Annotated[list[Resolver], BeforeValidator(blank_is_empty), Field(
 class Network(Strict):
     """What the guest may reach."""
 
-    mode: Literal["none", "restricted", "proxy", "filtered"] | None = None
-    allowed_hosts: Entries = Field(default_factory=list)
-    denied_hosts: Entries = Field(default_factory=list)
-    rules: Annotated[list[Rule], BeforeValidator(blank_is_empty), Field(max_length=MAX_ENTRIES)] = Field(
-        default_factory=list
+    mode: Literal["none", "restricted", "proxy", "filtered"] | None = described("How. Left out: there is no network.")
+    allowed_hosts: Entries = described(
+        "A name, *.name, *, an address, each with or without :port, or a bundle (@pypi).", default_factory=list
     )
-    secrets: Annotated[list[Secret], BeforeValidator(blank_is_empty), Field(max_length=64)] = Field(
-        default_factory=list
+    denied_hosts: Entries = described("The same; the more precise one wins, a deny where equal.", default_factory=list)
+    rules: RuleList = described("Hosts, narrowed to ports, methods and paths.", default_factory=list)
+    secrets: SecretList = described("What the guest has placeholders for.", default_factory=list)
+    packages: Annotated[Packages, BeforeValidator(blank_is_default)] = described(
+        "Which packages may be fetched.", default_factory=Packages
     )
-    packages: Annotated[Packages, BeforeValidator(blank_is_default)] = Field(default_factory=Packages)
-    dlp: Annotated[DlpSection, BeforeValidator(blank_is_default)] = Field(default_factory=DlpSection)
-    limits: Annotated[Limits, BeforeValidator(blank_is_default)] = Field(default_factory=Limits)
-    resolver: Annotated[list[Resolver], BeforeValidator(blank_is_empty), Field(max_length=8)] = Field(
-        default_factory=list
+    dlp: Annotated[DlpSection, BeforeValidator(blank_is_default)] = described(
+        "What is looked for in what goes out.", default_factory=DlpSection
     )
+    limits: Annotated[Limits, BeforeValidator(blank_is_default)] = described(
+        "Bounds; those that are not named are built in.", default_factory=Limits
+    )
+    resolver: ResolverList = described("DNS servers, instead of the host's.", default_factory=list)
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Network:

@@ -7,8 +7,9 @@ kind for files that decide what is safe: it takes the last of two equal keys, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from vmsandbox.errors import UserInputError
 
@@ -30,8 +31,6 @@ class StrictYaml:
     Args:
         title: what the file is called in errors.
         example: a right one, on one line.
-        keys: the known keys of each mapping, by the path to it without list indexes.
-        choice: what a value of a closed list is called ("mode"), and the list.
         no_controls: what is said of a text that may not have control characters.
     """
 
@@ -39,13 +38,16 @@ class StrictYaml:
         self,
         title: str,
         example: str,
-        keys: Mapping[tuple[str, ...], tuple[str, ...]],
-        choice: tuple[str, tuple[str, ...]],
         no_controls: str = "may not have control characters",
     ) -> None:
-        self._title, self._example = title, example
-        self._keys, self._choice, self._no_controls = keys, choice, no_controls
+        self._title, self._example, self._no_controls = title, example, no_controls
+        self._keys: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._lines: dict[KeyPath, int] = {}
+
+    @property
+    def lines(self) -> Mapping[KeyPath, int]:
+        """The line of each key and list entry that the file has, by the way to it."""
+        return self._lines
 
     def read(self, content: bytes, model: type[Model]) -> Model:
         """Check a file's content (UTF-8, at most 256 KiB) against a pydantic model.
@@ -63,6 +65,7 @@ class StrictYaml:
             line = content.count(b"\n", 0, error.start) + 1
             raise self.invalid([f"line {line}: not UTF-8 text"]) from None
         data = self._parsed(text)
+        self._keys = dict(_keys_of(model, ()))
         try:
             return model.model_validate(data)
         except ValidationError as error:
@@ -141,9 +144,9 @@ class StrictYaml:
             parent = tuple(str(part) for part in where[:-1] if not isinstance(part, int))
             text = "unknown key" + _suggestion(str(where[-1]), self._keys.get(parent, ()))
         elif error["type"] == "literal_error":
-            text = f"not a {self._choice[0]}: {error['input']!r:.60}" + _suggestion(
-                str(error["input"]), self._choice[1]
-            )
+            # The values are those of the model: "'warn' or 'refuse'".
+            known = tuple(re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", "")))
+            text = f"not a {where[-1]}: {error['input']!r:.60}" + _suggestion(str(error["input"]), known)
         elif error["type"] == "string_pattern_mismatch":
             text = self._no_controls
         elif error["type"] == "value_error":
@@ -153,6 +156,22 @@ class StrictYaml:
             shown = repr(error["input"])
             text = error["msg"] + (f", not {shown}" if len(shown) <= 60 and error["type"] != "missing" else "")
         return self.at(where, text)
+
+
+def _keys_of(model: type[BaseModel], where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The keys of each mapping of a model, by the way to it without list indexes."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    yield where, tuple(fields)
+    for name, field in fields.items():
+        for inner in _models_in(field.annotation):
+            yield from _keys_of(inner, (*where, name))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def _suggestion(word: str, choices: tuple[str, ...]) -> str:

@@ -10,12 +10,13 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmsandbox.spec import Accelerator, GuestShape
+from vmsandbox.spec import NO_LIMITS, Accelerator, GuestLimits, GuestShape
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 METADATA_NS = "https://vmsandbox.dev/xmlns/session/1"
 TB_CACHE_MIB = 56
 UNUSED_CAPABILITY = "cpu-unavailable-features"
+DISK_TARGET = "vda"
 CONTROL_CHANNEL = "org.vmsandbox.control"
 CARD_BUS = 4  # the disk, the ports and the balloon have 1 to 3
 SSH_CHANNEL = "org.vmsandbox.ssh."
@@ -48,6 +49,7 @@ class DomainPlan:
     incoming     wait for a device state instead of booting
     home         folder of the live sessions that this guest belongs to
     run_as       (uid, gid) of the QEMU process, where libvirt may choose; None leaves it to libvirt
+    limits       of the writable disk; a template has none
     """
 
     name: str
@@ -68,6 +70,7 @@ class DomainPlan:
     home: Path
     run_as: tuple[int, int] | None = None
     cmdline: str = KERNEL_CMDLINE
+    limits: GuestLimits = NO_LIMITS
 
     @property
     def control_socket(self) -> Path:
@@ -178,7 +181,7 @@ def _cpu(domain: ET.Element, kvm: bool) -> None:
 def _devices(domain: ET.Element, plan: DomainPlan) -> None:
     devices = ET.SubElement(domain, "devices")
     _text(devices, "emulator", plan.emulator)
-    _disk(devices, plan.disk_chain)
+    _disk(devices, plan.disk_chain, plan.limits)
     ET.SubElement(devices, "controller", {"type": "usb", "model": "none"})
     ports = str(len(plan.channels) + 1)
     ET.SubElement(devices, "controller", {"type": "virtio-serial", "index": "0", "ports": ports})
@@ -195,24 +198,38 @@ def _devices(domain: ET.Element, plan: DomainPlan) -> None:
         ET.SubElement(channel, "target", {"type": "virtio", "name": name})
         address = {"type": "virtio-serial", "controller": "0", "bus": "0", "port": str(number)}
         ET.SubElement(channel, "address", address)
-    # Free page reporting gives memory that the guest has freed back to the host: a small template file.
-    ET.SubElement(devices, "memballoon", {"model": "virtio", "freePageReporting": "on"})
+    if plan.shape.balloon:
+        # autodeflate: a guest that runs out of memory takes back what was taken from it, up to all of its own.
+        balloon = {"model": "virtio", "autodeflate": "on", "freePageReporting": "on"}
+        ET.SubElement(devices, "memballoon", balloon)
+    else:
+        # Not there, on purpose: it can give nothing back of memory that forks share, and a hostile guest could make
+        # QEMU write a line into its log for each page that it tries.
+        ET.SubElement(devices, "memballoon", {"model": "none"})
 
 
-def _disk(devices: ET.Element, chain: tuple[DiskImage, ...]) -> None:
+def _disk(devices: ET.Element, chain: tuple[DiskImage, ...], limits: GuestLimits) -> None:
     top, *backing = chain
     disk = ET.SubElement(devices, "disk", {"type": "file", "device": "disk"})
     # unsafe: a throwaway disk needs no flushes; a template's is flushed once, when it is frozen.
     driver = {"name": "qemu", "type": top.format, "cache": "unsafe", "discard": "unmap"}
+    if limits.disk_bytes is not None:
+        driver["error_policy"] = "report"  # to the guest, which goes on with what it has; by default it would stop
     ET.SubElement(disk, "driver", driver)
-    _source(disk, top.path)
+    source = _source(disk, top.path)
+    if limits.disk_bytes is not None:
+        # QEMU sees no more of the file than this: what would be written beyond it is an error of the guest's disk.
+        slices = ET.SubElement(source, "slices")
+        ET.SubElement(slices, "slice", {"type": "storage", "offset": "0", "size": str(limits.disk_bytes)})
     parent = disk
     for image in backing:
         parent = ET.SubElement(parent, "backingStore", {"type": "file"})
         ET.SubElement(parent, "format", {"type": image.format})
         _source(parent, image.path)
     ET.SubElement(parent, "backingStore")  # ends the chain: nothing is probed
-    ET.SubElement(disk, "target", {"dev": "vda", "bus": "virtio"})
+    ET.SubElement(disk, "target", {"dev": DISK_TARGET, "bus": "virtio"})
+    if limits.write_rate is not None:
+        _text(ET.SubElement(disk, "iotune"), "write_bytes_sec", str(limits.write_rate))
 
 
 def _source(parent: ET.Element, path: Path) -> ET.Element:

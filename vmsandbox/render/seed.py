@@ -11,6 +11,9 @@ from pathlib import Path
 from vmsandbox.errors import HostError
 from vmsandbox.spec import GuestShape
 
+# Of a guest's memory, for its kernel and for what answers the host when the worker has used up the rest.
+KEPT_MIB = 136
+
 
 def render_seed(cloudinit: Path, shape: GuestShape) -> dict[str, bytes]:
     """The seed's files by name: `user-data`, `meta-data` (NoCloud, cloud-init's documentation).
@@ -28,6 +31,8 @@ def render_seed(cloudinit: Path, shape: GuestShape) -> dict[str, bytes]:
             content = (cloudinit / "guest" / entry["source"]).read_text()
             if entry["source"] == "vmsandbox.target":
                 content = _target(content, shape.ssh_ports)
+            elif entry["source"] == "vmsandbox-worker.slice":
+                content = content.replace("@MEMORY_MIB@", str(shape.memory_mib - KEPT_MIB))
             files.append({"path": entry["path"], "permissions": entry["mode"], "content": content})
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise HostError(

@@ -74,7 +74,8 @@ class PatternSet:
 
 def one_line_end(data: bytes) -> bytes:
     """The data with everything that ends a line somewhere as newlines; every byte stays at its offset."""
-    data = data.translate(_OTHER_LINE_ENDS)
+    if b"\r" in data or b"\v" in data or b"\f" in data:
+        data = data.translate(_OTHER_LINE_ENDS)
     if not data.isascii():
         for wide, newlines in _WIDE_LINE_ENDS:
             data = data.replace(wide, newlines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def is_git_folder(name: str) -> bool:
     return folded(name) in (".git", "git~1")
 
 
-class _List:
+class PathList:
     """Some patterns, ready to be asked. One automaton answers no, as it is for nearly all paths; then one a reason."""
 
     def __init__(self, paths: Sequence[RiskyPath]) -> None:
@@ -60,29 +60,41 @@ class _List:
         self._sources = sources
         self._compiled: dict[str, LinePattern] = {}
 
-    def reason(self, data: bytes) -> str | None:
-        """The first reason for this folded path, as bytes of text."""
+    def reason(self, path: str) -> str | None:
+        """The first reason for this path."""
+        return self.reason_for(searchable(path))
+
+    def reason_for(self, data: bytes) -> str | None:
+        """The first reason for this path, as `searchable` makes it."""
+        return next(self.reasons_for(data), None)
+
+    def reasons_for(self, data: bytes) -> Iterator[str]:
+        """All of them."""
         if self._any.matches(data):
             for reason, source in self._sources.items():
                 if reason not in self._compiled:
                     self._compiled[reason] = LinePattern(source)
                 if self._compiled[reason].matches(data):
-                    return reason
-        return None
+                    yield reason
 
 
 class RiskyPaths:
     """The built-in patterns and a person's own, ready to be asked."""
 
     def __init__(self, extra: Sequence[RiskyPath] = ()) -> None:
-        self._lists = [_List(extra), _built_in_list()] if extra else [_built_in_list()]
+        self._lists = [PathList(extra), _built_in_list()] if extra else [_built_in_list()]
 
     def reason(self, path: str) -> str | None:
         """Why this file matters, or None. A person's own reason goes before a built-in one."""
-        name = folded(path).replace("\n", "?").encode("utf-8", "surrogateescape")
-        # Latin-1, so that RE2 sees text also where the name is none.
-        data = name if name.isascii() else name.decode("latin-1").encode()
-        return next((reason for one in self._lists if (reason := one.reason(data)) is not None), None)
+        data = searchable(path)
+        return next((reason for one in self._lists if (reason := one.reason_for(data)) is not None), None)
+
+
+def searchable(path: str) -> bytes:
+    """The folded path as bytes that a `PathList` is asked with."""
+    name = folded(path).replace("\n", "?").encode("utf-8", "surrogateescape")
+    # Latin-1, so that RE2 sees text also where the name is none.
+    return name if name.isascii() else name.decode("latin-1").encode()
 
 
 @cache
@@ -95,8 +107,8 @@ def built_in() -> tuple[RiskyPath, ...]:
 
 
 @cache
-def _built_in_list() -> _List:
-    return _List(built_in())
+def _built_in_list() -> PathList:
+    return PathList(built_in())
 
 
 def _translated(pattern: str) -> str:

@@ -12,12 +12,6 @@ from vmsandbox.policy.strictyaml import StrictYaml
 from vmsandbox.review.linear import LinePattern
 from vmsandbox.review.rules import CommandRule, PatternRule, RiskyPath
 
-_KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("rules", "risky_paths"),
-    ("rules",): ("id", "pattern", "command", "severity", "message"),
-    ("risky_paths",): ("reason", "paths"),
-}
-_SEVERITIES = ("error", "warning")
 _RULES_EXAMPLE = "rules: [{id: no-eval, pattern: 'eval\\(', severity: error, message: no eval}]"
 _PATHS_EXAMPLE = "risky_paths: [{reason: run by our deployment, paths: [deploy/**]}]"
 
@@ -82,4 +76,4 @@ def load_risky_paths(source: str, content: bytes) -> tuple[RiskyPath, ...]:
 
 def _reader(source: str, example: str) -> StrictYaml:
     no_controls = "may not have control characters (an id: no spaces either)"
-    return StrictYaml(source, example, _KEYS, ("severity", _SEVERITIES), no_controls)
+    return StrictYaml(source, example, no_controls)

@@ -134,8 +134,7 @@ class Scanner:
         if data.isascii() and not data.translate(None, _NO_CONTROLS):
             return []
         text = added.data.decode("utf-8", "replace")
-        places = ((found.start(), _control(found[0])) for found in first_in_lines(_CONTROLS, text))
-        return self._by_line(Risk.TERMINAL, text, added, places)
+        return self._by_line(Risk.TERMINAL, text, added, control_places(text))
 
     def _unicode(self, added: Added) -> list[Finding]:
         if added.data.isascii():
@@ -171,6 +170,11 @@ class Scanner:
         if len(first) > self._lines:
             found.append(Finding(risk, "and on more lines", None, blocks))
         return found
+
+
+def control_places(text: str) -> Iterator[tuple[int, str]]:
+    """(offset, what it is) of what drives a terminal: the first of each line."""
+    return ((found.start(), _control(found[0])) for found in first_in_lines(_CONTROLS, text))
 
 
 def _control(character: str) -> str:

@@ -29,6 +29,11 @@ _NOT_CHARACTERS = "\ufdd0-\ufdef\ufffe\uffff" + "".join(
 # Signs that look like those that programs are made of: click letters for `!` and `|`, a question mark for a semicolon.
 _SIGNS = "\u01c3\u01c0\u037e\ua789\u29f8\u29f5\u2215\u2024"
 _SUSPICIOUS = re.compile(f"[{_BIDI}{_JOINERS}{_INVISIBLE}{_TAGS}{_SELECTORS}{_PRIVATE}{_NOT_CHARACTERS}{_SIGNS}]")
+_HIDDEN = f"{_BIDI}{_JOINERS}{_INVISIBLE}{_TAGS}{_SELECTORS}"
+_IS_HIDDEN = re.compile(f"[{_HIDDEN}]")
+# What no text of any language needs: turning its direction (UAX #9 X1-X8), tags, whole runs of what does not show.
+PLANTED = f"[\u202a-\u202e\u2066-\u2069{_TAGS}]|[{_HIDDEN}]{{4}}"
+_PLANTED = re.compile(PLANTED)
 _KINDS = tuple(
     (re.compile(f"[{members}]"), what)
     for members, what in (
@@ -84,13 +89,7 @@ def suspicions(text: str, first_of_file: bool = False) -> Iterator[Suspicion]:
     """
     if text.isascii():
         return
-    at = 0
-    while (found := _SUSPICIOUS.search(text, at)) is not None:
-        at = found.end()
-        starts_file = first_of_file and found.start() == 0 and found[0] == "\ufeff"
-        if not starts_file and not _is_in_order(text, found.start()):
-            yield Suspicion(found.start(), f"U+{ord(found[0]):04X} {_what(found[0])}")
-            at = line_end(text, at)
+    yield from _out_of_order(_SUSPICIOUS, text, first_of_file)
     for found in first_in_lines(_MIXED, text):
         yield Suspicion(found.start(), _mixed(found[0]))
     for found in first_in_lines(_STYLED_WORD, text):
@@ -101,6 +100,26 @@ def suspicions(text: str, first_of_file: bool = False) -> Iterator[Suspicion]:
             yield Suspicion(found.start(), _STYLED_TEXT)
     if _TWINS.search(text):
         yield from _twins(text)
+
+
+def hidden(text: str, first_of_file: bool = False) -> Iterator[Suspicion]:
+    """What does not show, or turns the text, and does not belong where it is: the first one of each line."""
+    yield from _out_of_order(_IS_HIDDEN, text, first_of_file)
+
+
+def planted(text: str) -> Iterator[Suspicion]:
+    """What is hidden and has no business in a text of any language (`PLANTED`): the first one of each line."""
+    yield from _out_of_order(_PLANTED, text, first_of_file=False)
+
+
+def _out_of_order(pattern: re.Pattern[str], text: str, first_of_file: bool) -> Iterator[Suspicion]:
+    at = 0
+    while (found := pattern.search(text, at)) is not None:
+        at = found.start() + 1
+        starts_file = first_of_file and found.start() == 0 and found[0] == "\ufeff"
+        if not starts_file and not _is_in_order(text, found.start()):
+            yield Suspicion(found.start(), f"U+{ord(found[0][0]):04X} {_what(found[0][0])}")
+            at = line_end(text, at)
 
 
 def first_in_lines(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from vmsandbox.apply.transaction import Applied, apply
-from vmsandbox.errors import UserInputError
+from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.journal import events
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
+from vmsandbox.policy.return_rules import exceeds
+from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.classify import review as review_trees
 from vmsandbox.review.manifest import Item, Manifest
+from vmsandbox.review.returning import over_limits, under
 from vmsandbox.review.rules import SECURITY_RULES_PATH, CommandRule, PatternRule, ReviewRules, RiskyPath
 from vmsandbox.review.rules_load import load_risky_paths, load_security_rules
-from vmsandbox.review.select import operations
+from vmsandbox.review.select import operations, selection_of
+from vmsandbox.review.text import shown
 from vmsandbox.review.values import Contents, Operation, Review, Selection
 from vmsandbox.session.pushed import PushedContents, open_below
 from vmsandbox.session.record import Record
+from vmsandbox.spec import Accept
 
 RISKY_PATHS = ".claude/risky-paths.yaml"
 _MOST_RULES = 1 << 20  # bytes
@@ -35,7 +40,8 @@ _MOST_RULES = 1 << 20  # bytes
 class Returned:
     """What came back of one session, reviewed.
 
-    base: what the project has of it. old, new: where the bytes of both sides are.
+    base: what the project has of it. old, new: where the bytes of both sides are. returns: what the session's policy
+    lets come back, from its record.
     """
 
     record: Record
@@ -45,6 +51,7 @@ class Returned:
     rules: ReviewRules
     review: Review
     old: Contents
+    returns: ReturnPolicy = field(default_factory=ReturnPolicy)
 
     @property
     def new(self) -> Contents:
@@ -62,10 +69,11 @@ def review_returned(record: Record) -> Returned:
     project, base, quarantine = record.project, record.base(), record.quarantine()
     rules = rules_of(project)
     old = PushedContents(project, base)
-    found = review_trees(base, quarantine.manifest, old, quarantine, rules)
+    returns = record.returns()
+    found = under(review_trees(base, quarantine.manifest, old, quarantine, rules), returns, base, quarantine.manifest)
     risks = {finding.risk.value for change in found.changes for finding in change.findings}
     record.journal.append(events.ChangesReviewed(found.digest, len(found.changes), sorted(risks)))
-    return Returned(record, project, base, quarantine, rules, found, old)
+    return Returned(record, project, base, quarantine, rules, found, old, returns)
 
 
 def review_with_commands(record: Record, layout: Layout, monitor: Monitor) -> Returned:
@@ -97,10 +105,45 @@ def rules_of(project: Path) -> ReviewRules:
     return ReviewRules(patterns=patterns, commands=commands, risky_paths=risky)
 
 
-def accept(returned: Returned, selection: Selection, by: str) -> Applied:
+def refuse_unattended(returned: Returned, how: Accept) -> None:
+    """Raise RefusedError if the session's policy does not let so much be taken without a person."""
+    look = f"look at it in a terminal: `vmsandbox accept {returned.record.id}`"
+    cap = returned.returns.accept
+    if exceeds(how, cap):
+        raise RefusedError(
+            f"the policy lets at most {cap!r} be taken without a person, not {how.value!r}",
+            details=f"sandbox.return.accept: {cap}",
+            resolution=look,
+        )
+    over = over_limits(returned.review, returned.returns)
+    if over and how is not Accept.NONE:
+        raise RefusedError(
+            "more came back than the policy lets be taken without a person", details="\n".join(over), resolution=look
+        )
+
+
+def _refuse_more_than_allowed(returned: Returned, selection: Selection) -> None:
+    """What nobody has looked at may be no more than the policy's own option would take."""
+    cap = returned.returns.accept
+    refuse_unattended(returned, Accept(cap) if cap is not None else Accept.ALL)
+    if cap is None:
+        return
+    allowed = {choice.path for choice in selection_of(returned.review, Accept(cap)).choices}
+    more = [choice.path for choice in selection.choices if choice.path not in allowed]
+    if more:
+        listed = "\n".join(shown(path, 200) for path in more[:10])
+        raise RefusedError(
+            f"the policy lets at most {cap!r} be taken without a person",
+            details=f"sandbox.return.accept: {cap}\nchosen beyond it:\n{listed}",
+            resolution=f"choose in a terminal: `vmsandbox accept {returned.record.id}`",
+        )
+
+
+def accept(returned: Returned, selection: Selection, by: str, attended: bool = False) -> Applied:
     """Apply what was accepted to the project, all of it or nothing.
 
-    by: who chose: "person", or the option that did.
+    by: who chose: "person", or the option that did. attended: a person sits there; without one the policy's
+    `sandbox.return` bounds what may be taken.
 
     Raises:
         RefusedError: the selection is for another review, or has what may not be taken.
@@ -111,6 +154,8 @@ def accept(returned: Returned, selection: Selection, by: str) -> Applied:
     todo = operations(returned.review, selection, returned.base, returned.old, returned.quarantine)
     if not todo:
         raise UserInputError("nothing was chosen")
+    if not attended:
+        _refuse_more_than_allowed(returned, selection)
     paths = [operation.path for operation in todo]
     with (record.folder / "accepted.jsonl").open("a") as file:
         file.write(_line(selection, by, todo))

@@ -87,7 +87,7 @@ def _collect(sandbox: Sandbox, record: Path, limits: ReturnLimits | None, progra
     fresh = record / f"quarantine.{secrets.token_hex(4)}"
     baseline = baseline_file(sandbox)
     with sandbox.monitor.step("fetching what the guest made of the project"):
-        channel = sandbox.shell().start([SENDER, sandbox.info.guest_folder])
+        channel = sandbox.shell().start([SENDER, sandbox.info.guest_folder], plumbing=True)
         try:
             pushed_file = record / "pushed.jsonl"
             pushed = parse_untrusted_manifest([pushed_file.read_bytes()], _PUSHED)

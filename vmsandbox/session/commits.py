@@ -18,12 +18,15 @@ from vmsandbox.errors import GuestError, HostError, RefusedError
 from vmsandbox.git.landing import land
 from vmsandbox.git.names import is_plain_branch
 from vmsandbox.git.quarantine import Given, PackLimits, Submodule, quarantine
+from vmsandbox.git.touching import TOO_MUCH, Denied, Touched
 from vmsandbox.guest.streams import wait_readable
 from vmsandbox.policy.gitrepo import find_repository
 from vmsandbox.policy.gitrun import HostGit
 from vmsandbox.process import Programs
+from vmsandbox.review.returning import DeniedReturns
 from vmsandbox.review.text import shown, shown_bytes
 from vmsandbox.session.history import given_record, object_format
+from vmsandbox.session.record import Record
 
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
@@ -98,11 +101,24 @@ def collect_commits(
         quarantine(record, given.algorithm, bounds, programs, known) as held,
     ):
         _receive(sandbox, [*tips.values(), *([f"^{given.base}"] if known else [])], held.pack, bounds)
-        pack, submodules = held.sound_pack(tips.values())
+        rules = DeniedReturns(Record(record).returns().denied_paths)
+        pack, submodules = held.sound_pack(tips.values(), Denied(given.base, rules.rule) if rules else None)
+        skipped += [f"{shown(name)}: {_why(held.left_out[oid])}" for name, oid in tips.items() if oid in held.left_out]
+        tips = {name: oid for name, oid in tips.items() if oid not in held.left_out}
+        if not tips:
+            return ReturnedCommits(skipped=tuple(skipped))
         new = pack if pack.with_name(pack.name + ".pack").exists() else None
         refs = land(git, repository.common_dir, new, sandbox.info.id, tips)
     branches = tuple(ReturnedBranch(name, refs[name], oid) for name, oid in sorted(tips.items()))
     return ReturnedCommits(branches, tuple(skipped), tuple(submodules))
+
+
+def _why(touched: Touched | None) -> str:
+    if touched is None:
+        return TOO_MUCH
+    return (
+        f"a commit touches {shown(touched.path, 200)}; the policy's return.denied_paths has {shown(touched.rule, 200)}"
+    )
 
 
 def _untrusted_branches(sandbox: Sandbox, limits: PackLimits) -> tuple[dict[str, str], list[str]]:

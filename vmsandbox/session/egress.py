@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.freezing import freeze_guest
 from vmsandbox.session.guest_settings import FORWARDED, guest_network
 from vmsandbox.session.host_addresses import own_addresses
+from vmsandbox.session.variables import guest_variables
 from vmsandbox.spec import WORKER_HOME, NetworkMode
 
 if TYPE_CHECKING:
@@ -51,12 +52,14 @@ class EgressPlan:
     """What a session's network is made of. Holds the secrets' values: it is passed on, and never written down.
 
     placeholders: variable in the guest → what stands there for the secret. decoys: file in the guest → text.
+    variables: of the policy.
     """
 
     mode: NetworkMode
     config: BrokerConfig
     placeholders: dict[str, str]
     decoys: dict[str, str]
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -70,7 +73,12 @@ class EgressPlan:
         """The `network` part of the guest's identity. proxy: `http://ADDRESS:PORT`; None: the forwarded port."""
         forwarded = f"http://{FORWARDED[0]}:{FORWARDED[1]}"
         return guest_network(
-            self.config.ca_certificate, proxy or forwarded, self.placeholders, self.decoys, forwarded=proxy is None
+            self.config.ca_certificate,
+            proxy or forwarded,
+            self.placeholders,
+            self.decoys,
+            forwarded=proxy is None,
+            chosen=self.variables,
         )
 
 
@@ -106,7 +114,7 @@ def plan_egress(
     )
     # In the worker's home, never in the project: they come back with nothing.
     decoys = {f"{WORKER_HOME}/{path}": content.decode() for path, content in decoy_files(canaries).items()}
-    return EgressPlan(mode, config, placeholders, decoys)
+    return EgressPlan(mode, config, placeholders, decoys, guest_variables(policy, os.environ))
 
 
 class Egress:

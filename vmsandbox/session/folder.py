@@ -14,6 +14,9 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/vm/             QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
     live/<name>/keeper.log      what that process had to say
+    live/<name>/watcher.json    the process that ends it at its limits and runs its health check; watcher.log
+    live/<name>/activity        its time of change: when something was last done in the session, if it has an idle limit
+    live/<name>/health.json     what its health check last said
     live/<name>/frozen          why its processors were stopped, while they are
     run/<name>-<6 digits>/      sockets (the digits are the end of its id)
     run/<name>.net/             the broker's socket, where QEMU's user cannot look
@@ -21,6 +24,8 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
     records/<id>/pushed.jsonl   manifest of what was copied in
     records/<id>/withheld.json  what stayed on the host, and why
+    records/<id>/findings.json  what was found in what was copied in, or was not because of it
+    records/<id>/returns-*.json what its policies let come back (the journal says which is in force)
     records/<id>/base.jsonl     the same, with what was accepted since
     records/<id>/quarantine/    what came back (vmsandbox.receive.store)
     records/<id>/accepted.jsonl what was accepted, and by whom
@@ -55,6 +60,7 @@ class SessionInfo:
     owner_pid, owner_started   the process that must end it (0: kept; it lives until `stop`), and that process's
                                start time in clock ticks since boot, because process ids are used again
     guest_folder               where the project lies in the guest
+    output_bytes               of stdout and stderr of one command; None: no limit
     """
 
     id: str
@@ -75,6 +81,7 @@ class SessionInfo:
     grade: str | None = None
     ready: bool = False
     network: str = "none"
+    output_bytes: int | None = None
 
     @property
     def owner_is_alive(self) -> bool:

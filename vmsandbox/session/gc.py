@@ -47,7 +47,7 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
     removed += _stray_domains(layout, host)
     removed += _stray_networks(layout, host)
     removed += _unfinished_templates(layout)
-    removed += _unused_templates(layout, all_templates)
+    removed += unused_templates(layout, all_templates)
     removed += [
         Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()
     ]
@@ -146,14 +146,19 @@ def _unfinished_templates(layout: Layout) -> Iterator[Removed]:
         yield Removed("template", making.name, "its making was interrupted")
 
 
-def _unused_templates(layout: Layout, all_of_them: bool) -> Iterator[Removed]:
-    in_use = set()
+def unused_templates(layout: Layout, all_of_them: bool) -> Iterator[Removed]:
+    """Remove the templates that no session uses: all, or those not used for long. A base stays with what it carries."""
+    in_use: set[str] = set()
     for folder in live_sessions(layout):
         with suppress(VmsandboxError):
             in_use.add(folder.info().template)
     store = TemplateStore(layout)
-    for path in store.list():
+    in_use |= {base for key in in_use if (base := store.base_of(key))}
+    # Those that were tailored first: a base that is kept for one of them is looked at after it.
+    for path in sorted(store.list(), key=lambda path: store.base_of(path.name) is None):
         if path.name in in_use:
+            continue
+        if any(store.base_of(other.name) == path.name for other in store.list()):
             continue
         with suppress(OSError):
             days = (time.time() - (path / "manifest.json").stat().st_mtime) / 86400

@@ -1,4 +1,4 @@
-"""What a guest with a network is told with its identity: the proxy and the session's authority, in each tool's words.
+"""What a guest is told with its identity: variables, the proxy and the session's authority, in each tool's words.
 
 Without it every tool would have to be taught by hand, and the first one that was not would fail with a certificate
 error. Pure: the same values give the same message. Nothing of it is a boundary; guest root may change all of it.
@@ -18,6 +18,7 @@ FORWARDED = ("127.0.0.1", PROXY_PORT)  # what the guest's sshd may listen on for
 
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"  # Debian's, which update-ca-certificates makes
 OWN_CERTIFICATE = "/usr/local/share/ca-certificates/vmsandbox.crt"  # so that it is in the bundle after that ran, too
+PROFILE = "/etc/profile.d/vmsandbox-network.sh"  # root's and other login shells
 NO_PROXY = "localhost,127.0.0.1,::1"
 
 # Variables by which tools and libraries are told of certificates: a whole bundle, or one more.
@@ -32,22 +33,36 @@ _BUNDLE_VARIABLES = (
 )  # fmt: skip
 _EXTRA_VARIABLES = ("NODE_EXTRA_CA_CERTS", "DENO_CERT")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_VALUE = re.compile(r"[\x20-\x7e]*")
 
 
-def environment_of(proxy: str, more: Mapping[str, str]) -> dict[str, str]:
-    """The variables of every process of the worker. proxy: `http://ADDRESS:PORT`. more: the session's placeholders.
+def locale_of(chosen: Mapping[str, str]) -> dict[str, str]:
+    """The locale's variables beside the ones that were chosen. Of several SetEnv lines sshd takes the first alone.
+
+    LC_ALL stays where only LANG passes: a guest need not have the host's locale, and would warn of it in every shell.
+    """
+    if any(name.startswith("LC_") for name in chosen):
+        return {"LANG": "C.UTF-8"}  # LC_ALL would outweigh what was chosen
+    return {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+
+
+def environment_of(proxy: str, more: Mapping[str, str], chosen: Mapping[str, str]) -> dict[str, str]:
+    """The variables of every process of the worker, where there is a network.
+
+    Args:
+        proxy: `http://ADDRESS:PORT`.
+        more: the session's placeholders.
+        chosen: the policy's (`session.variables`); what the network needs outweighs them.
 
     Raises:
-        UserInputError: a name or value of `more` cannot be a variable of sshd's SetEnv.
+        UserInputError: a name or value cannot be a variable of sshd's SetEnv, or one is both.
     """
-    for name, value in more.items():
-        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
-            raise UserInputError(
-                f"not a variable that a guest can have: {name!r}",
-                resolution="a name has letters, digits and `_`; a value printable ASCII characters",
-            )
-    variables = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}  # of the two SetEnv lines sshd takes the first alone
+    _check_variables({**more, **chosen})
+    for name in more.keys() & chosen.keys():
+        raise UserInputError(
+            f"{name} is a variable of the session and a secret's placeholder",
+            details=f"sandbox.session and sandbox.network.secrets both name {name}",
+        )
+    variables = {**locale_of(chosen), **chosen}
     for name in ("http_proxy", "https_proxy"):
         variables[name] = variables[name.upper()] = proxy
     variables["no_proxy"] = variables["NO_PROXY"] = NO_PROXY
@@ -57,7 +72,13 @@ def environment_of(proxy: str, more: Mapping[str, str]) -> dict[str, str]:
 
 
 def guest_network(
-    certificate: str, proxy: str, more: Mapping[str, str], decoys: Mapping[str, str], *, forwarded: bool
+    certificate: str,
+    proxy: str,
+    more: Mapping[str, str],
+    decoys: Mapping[str, str],
+    *,
+    forwarded: bool,
+    chosen: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The `network` part of the identity message (`cloudinit/guest/vmsandbox-control`).
 
@@ -67,19 +88,19 @@ def guest_network(
         more: variables beside the tools' own (the secrets' placeholders).
         decoys: files of the worker's, path → text (`egress.canaries`).
         forwarded: sshd may listen on the proxy's port for the host.
+        chosen: the policy's variables.
     """
-    variables = environment_of(proxy, more)
-    sshd = "SetEnv " + " ".join(_sshd_word(f"{name}={value}") for name, value in variables.items()) + "\n"
+    variables = environment_of(proxy, more, chosen or {})
+    sshd = _set_env(variables)
     if forwarded:
         sshd += f"PermitListen {FORWARDED[0]}:{FORWARDED[1]}\n"
-    exports = "".join(f"export {name}={_shell_word(value)}\n" for name, value in variables.items())
     # What nobody asked for is left out: looking for a newer npm, and posting what is installed.
     npm = f"proxy={proxy}\nhttps-proxy={proxy}\ncafile={BUNDLE}\nnoproxy={NO_PROXY}\n"
     npm += "update-notifier=false\naudit=false\nfund=false\n"
     cargo = f'[http]\nproxy = "{proxy}"\ncainfo = "{BUNDLE}"\n'
     files = {
         OWN_CERTIFICATE: certificate,
-        "/etc/profile.d/vmsandbox-network.sh": exports,  # root's and other login shells
+        PROFILE: _exports(variables),
         "/etc/apt/apt.conf.d/90vmsandbox": f'Acquire::http::Proxy "{proxy}";\nAcquire::https::Proxy "{proxy}";\n',
         "/etc/pip.conf": f"[global]\nproxy = {proxy}\ncert = {BUNDLE}\ndisable-pip-version-check = true\n",
         "/etc/npmrc": npm,  # Debian's npm
@@ -95,6 +116,30 @@ def guest_network(
             ["/etc/gitconfig", f"[http]\n\tproxy = {proxy}\n\tsslCAInfo = {BUNDLE}\n"],
         ],
     }
+
+
+def guest_environment(chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The same part of the message for a guest without a network that has variables. Raises UserInputError."""
+    _check_variables(chosen)
+    variables = {**locale_of(chosen), **chosen}
+    return {"sshd": _set_env(variables), "files": [[PROFILE, 0o644, 0, _exports(variables)]], "append": []}
+
+
+def _check_variables(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        if not _NAME.fullmatch(name) or (value and not value.isprintable()):
+            raise UserInputError(
+                f"not a variable that a guest can have: {name!r}",
+                resolution="a name has letters, digits and `_`; a value characters that can be printed",
+            )
+
+
+def _set_env(variables: Mapping[str, str]) -> str:
+    return "SetEnv " + " ".join(_sshd_word(f"{name}={value}") for name, value in variables.items()) + "\n"
+
+
+def _exports(variables: Mapping[str, str]) -> str:
+    return "".join(f"export {name}={_shell_word(value)}\n" for name, value in variables.items())
 
 
 def _sshd_word(text: str) -> str:

@@ -6,19 +6,18 @@ credentials in their URLs, and everything that was ever deleted. What comes back
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vmsandbox.errors import HostError, RefusedError, UserInputError
-from vmsandbox.git.giving import SNAPSHOT_BYTES, GuestRepository, history, snapshot
+from vmsandbox.git.giving import SNAPSHOT_BYTES, GuestRepository, Snapshot, history, snapshot
+from vmsandbox.guest.pack import Files, pack_files
 from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.gitrepo import Repository, find_repository
 from vmsandbox.policy.gitrun import HostGit
@@ -46,10 +45,54 @@ class GivenRecord:
     shallow: tuple[str, ...] = ()
 
 
+class SnapshotOnTheWay:
+    """The guest's repository, made of the files as they are sent, and sent after them (`guest.pack.Companion`)."""
+
+    def __init__(self, algorithm: str, folder: Path) -> None:
+        self._snapshot = Snapshot(algorithm, folder)
+        self._made: GuestRepository | None = None
+        self.add = self._snapshot.add
+        self.close = self._snapshot.close
+
+    def members(self) -> Files:
+        """The files of `.git`."""
+        self._made = self._snapshot.finish()
+        return _members(self._made)
+
+    def given(self, record: Path) -> None:
+        """The guest has it: write that down."""
+        assert self._made is not None
+        _given(record, "none", self._made)
+
+
+@contextmanager
+def snapshot_on_the_way(
+    project: Path, size: int, programs: Programs, record: Path, mode: HistoryMode
+) -> Iterator[SnapshotOnTheWay | None]:
+    """What makes the guest's repository while a project is sent; None where that is left to `give_history`.
+
+    Args:
+        size: bytes of the project's files. record: the session's; what was given before is forgotten.
+    """
+    (record / _RECORD).unlink(missing_ok=True)
+    if mode != "none" or size > SNAPSHOT_BYTES or programs.find("git") is None:
+        yield None
+        return
+    repository = find_repository(project.resolve(), programs)
+    algorithm = "sha1"
+    if repository is not None and repository.git_dir is not None:
+        algorithm = object_format(HostGit(programs, repository.git_dir))
+    with (
+        tempfile.TemporaryDirectory(prefix="history-", dir=record) as folder,
+        closing(SnapshotOnTheWay(algorithm, Path(folder))) as made,
+    ):
+        yield made
+
+
 def give_history(
     sandbox: Sandbox, project: Path, mode: HistoryMode, policy: Policy, programs: Programs
 ) -> GivenRecord | None:
-    """Put a repository beside the pushed files; call it after each push (which removes the one before).
+    """Put a repository beside the pushed files, unless one came with them; call it after each push.
 
     Returns:
         What it starts from; None where the guest gets none: its project is too large for a snapshot, or git is missing.
@@ -63,6 +106,8 @@ def give_history(
     if info.guest_folder is None:
         raise UserInputError("nothing was copied in yet, so there is nothing to make a repository of")
     record = sandbox.folder.record_folder(info.id)
+    if mode == "none" and (given := given_record(record)) is not None and given.mode == "none":
+        return given
     (record / _RECORD).unlink(missing_ok=True)
     pushed = parse_untrusted_manifest([(record / "pushed.jsonl").read_bytes()])
     with (
@@ -75,6 +120,10 @@ def give_history(
             return None
         repository, mode = made
         _send(sandbox, repository, info.guest_folder)
+    return _given(record, mode, repository)
+
+
+def _given(record: Path, mode: HistoryMode, repository: GuestRepository) -> GivenRecord:
     given = GivenRecord(mode, repository.base, repository.branch, repository.algorithm, repository.shallow)
     (record / _RECORD).write_text(json.dumps(asdict(given)))
     return given
@@ -138,32 +187,19 @@ def _send(sandbox: Sandbox, repository: GuestRepository, target: str) -> None:
     from vmsandbox.session.project import UNTAR, send_archive
 
     def fill(write: Callable[[bytes], None]) -> None:
-        with tarfile.open(fileobj=_Writer(write), mode="w|", format=tarfile.GNU_FORMAT, bufsize=_PIECE) as tar:  # type: ignore[call-overload]
-            for path, content in repository.small.items():
-                tar.addfile(_member(path, len(content)), io.BytesIO(content))
-            name = "objects/pack/" + repository.pack.name.replace("given", "pack")
-            for ending in (".pack", ".idx"):
-                with repository.pack.with_suffix(ending).open("rb") as file:
-                    tar.addfile(_member(name + ending, os.fstat(file.fileno()).st_size), file)
+        pack_files(_members(repository), write)
 
     send_archive(sandbox, ["sh", "-c", f'rm -rf -- "$1/.git" && exec {UNTAR} -C "$1"', "sh", target], fill)
 
 
-class _Writer:
-    """A function as a file that tarfile can write to."""
-
-    def __init__(self, write: Callable[[bytes], None]) -> None:
-        self._write = write
-
-    def write(self, data: bytes) -> int:
-        self._write(data)
-        return len(data)
-
-
-def _member(path: str, size: int) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(f".git/{path}")
-    member.size, member.mode, member.mtime = size, 0o644, int(time.time())
-    return member
+def _members(repository: GuestRepository) -> Files:
+    """The files of the folder `.git`: path, size, content."""
+    for path, content in repository.small.items():
+        yield f".git/{path}", len(content), (content,)
+    name = ".git/objects/pack/" + repository.pack.name.replace("given", "pack")
+    for ending in (".pack", ".idx"):
+        with repository.pack.with_suffix(ending).open("rb") as file:
+            yield name + ending, os.fstat(file.fileno()).st_size, iter(lambda file=file: file.read(_PIECE), b"")  # type: ignore[misc]
 
 
 def given_record(record: Path) -> GivenRecord | None:

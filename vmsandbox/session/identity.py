@@ -21,12 +21,17 @@ SEED_BYTES = 64  # twice what the kernel's generator holds
 
 
 def give_identity(
-    control: ControlPort, hostname: str, deadline: float, network: dict[str, Any] | None = None
+    control: ControlPort,
+    hostname: str,
+    deadline: float,
+    network: dict[str, Any] | None = None,
+    disk_free: int | None = None,
 ) -> tuple[SessionKeys, str]:
     """Personalise a fork; returns its keys and its machine id. Closes the control port's connection.
 
     Args:
-        network: settings of a guest that may reach something (`session.guest_settings.guest_network`).
+        network: settings beyond that (`session.guest_settings`).
+        disk_free: bytes that its file system is to have free; None: all there are.
 
     Raises:
         GuestError: the guest did not answer in `deadline` seconds, or could not do it.
@@ -47,6 +52,7 @@ def give_identity(
             host_key=host_key.private,
             user_key=user_key.public,
             **({"network": network} if network else {}),
+            **({"disk_free": disk_free} if disk_free is not None else {}),
         )
     finally:
         control.close()

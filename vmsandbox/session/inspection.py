@@ -11,9 +11,11 @@ from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal
+from vmsandbox.policy.values import Policy
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.plan import Prepared
+from vmsandbox.session.sizes import refuse_grade
 
 
 def inspect_guest(
@@ -24,11 +26,12 @@ def inspect_guest(
     folder: SessionFolder,
     journal: Journal,
     network: str,
+    policy: Policy,
 ) -> Isolation:
     """Check a paused guest and write down what it is.
 
     Raises:
-        RefusedError: the live XML has something that was not asked for.
+        RefusedError: the live XML has something that was not asked for, or the policy asks for a better grade.
     """
     check_live_xml(live_xml, ExpectedDevices.of(plan))
     pid = read_pid_file(pid_file(host.uri, plan.name))
@@ -48,4 +51,5 @@ def inspect_guest(
         name: ("ok: " if check.ok else "missing: ") + check.evidence for name, check in isolation.checks.items()
     }
     journal.append(events.IsolationAssessed(isolation.grade.value, evidence))
+    refuse_grade(policy, isolation)
     return isolation

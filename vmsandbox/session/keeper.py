@@ -7,29 +7,24 @@ does nothing before its session has an identity: if the command that started it 
 
 from __future__ import annotations
 
-import json
 import os
 import select
-import signal
-import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from vmsandbox.errors import GuestError, HostError
+from vmsandbox.errors import GuestError
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder, process_started
+from vmsandbox.session.background import END_SECONDS, background_is_alive, end_background, start_background
+from vmsandbox.session.folder import SessionFolder
 
 if TYPE_CHECKING:
     from vmsandbox.session.egress import EgressPlan
 
-# The code of this very installation, found first; everything else as for the program itself.
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from vmsandbox.session.egress_keeper import main; main()"
+KIND = "keeper"
 GO, FORWARDS = b"go\n", b"forwards\n"
-END_SECONDS = 8.0
-_PASSED = ("VMSANDBOX_LIBVIRT_URI", "SSL_CERT_FILE")
 
 
 @dataclass
@@ -74,26 +69,12 @@ def start_keeper(folder: SessionFolder, plan: EgressPlan, environment: Path, pro
     """
     from vmsandbox.egress.wire import config_to_json
 
-    package = Path(__file__).resolve().parents[2]
-    passed = {name: os.environ[name] for name in _PASSED if name in os.environ}
-    argv: list[str | Path] = [sys.executable, "-I", "-c", _START, package, f"the network of {folder.path}"]
-    pid, to, said = programs.detached(argv, log=folder.keeper_log, env=passed)
     told = {
-        "layout": {name: str(path) for name, path in asdict(folder.layout).items()},
-        "name": folder.name,
         "mode": plan.mode.value,
         "config": config_to_json(plan.config).decode(),
         "environment": str(environment),
     }
-    try:
-        (folder.path / "keeper.json").write_text(json.dumps({"pid": pid, "started": process_started(pid) or 0}))
-        view = memoryview(json.dumps(told).encode() + b"\n")
-        while view:
-            view = view[to.write(view) :]
-    except OSError as error:
-        to.close()  # it ends at the end of its input
-        raise HostError("the keeper of the guest's network did not start", details=str(error)) from error
-    return Keeper(folder, pid, to, said)
+    return Keeper(folder, *start_background(folder, KIND, "egress_keeper", told, programs))
 
 
 def log_tail(folder: SessionFolder) -> str:
@@ -105,8 +86,7 @@ def log_tail(folder: SessionFolder) -> str:
 
 def keeper_is_alive(folder: SessionFolder) -> bool | None:
     """Whether the session's keeper runs; None if it has none."""
-    recorded = _recorded(folder)
-    return None if recorded is None else process_started(recorded[0]) == recorded[1]
+    return background_is_alive(folder, KIND)
 
 
 def end_keeper(folder: SessionFolder) -> None:
@@ -115,32 +95,4 @@ def end_keeper(folder: SessionFolder) -> None:
     Raises:
         HostError: it does not end.
     """
-    recorded = _recorded(folder)
-    if recorded is None:
-        return
-    pid, started = recorded
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return
-    try:
-        # Looked at after the descriptor is held: the number cannot mean another process from here on.
-        if process_started(pid) != started:
-            return
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, 5.0)):
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(descriptor, number)
-            if poller.poll(seconds * 1000):
-                return
-    finally:
-        os.close(descriptor)
-    raise HostError(f"process {pid}, which kept the guest's network, does not end")
-
-
-def _recorded(folder: SessionFolder) -> tuple[int, int] | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        recorded = json.loads((folder.path / "keeper.json").read_text())
-        return int(recorded["pid"]), int(recorded["started"])
-    return None
+    end_background(folder, KIND, END_SECONDS)

@@ -20,10 +20,14 @@ from vmsandbox.image.manifest import Image
 from vmsandbox.image.store import ImageStore
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
+from vmsandbox.policy.return_rules import exceeds
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
+from vmsandbox.render.confinement import confinement_of
 from vmsandbox.render.seed import render_seed
-from vmsandbox.spec import Accelerator, GuestShape, History, NetworkMode
+from vmsandbox.session.sizes import Sizes, sizes_of
+from vmsandbox.session.watching import needs_watcher
+from vmsandbox.spec import NO_LIMITS, Accelerator, Accept, GuestLimits, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
 # network.mode of a policy → what a guest gets, and what a command line may ask for. `restricted` says that a guest
@@ -49,22 +53,25 @@ class SessionRequest:
     """What a person asked for.
 
     project: folder on the host to copy in (None: an empty guest). name: None lets one be made up.
-    network: None leaves it to the policy. learn: let through, and record, what no rule of the policy allows.
+    image, network, memory_mib, vcpus: None leaves it to the policy, else to the default.
+    learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
+    accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
     """
 
     project: Path | None = None
     name: str | None = None
     policy: Policy = field(default_factory=Policy)
-    image: str = "base"
+    image: str | None = None
     network: NetworkMode | None = None
     learn: bool = False
     history: History = History.NONE
+    accept: Accept | None = None
     backup: bool = True
     allow_emulation: bool = False
     keep: bool = False
-    memory_mib: int = 512
-    vcpus: int = 2
+    memory_mib: int | None = None
+    vcpus: int | None = None
     ssh_ports: int = 6
 
     @property
@@ -72,19 +79,31 @@ class SessionRequest:
         """What the guest gets: as asked for on the command line, else as the policy says, else nothing."""
         return self.network if self.network is not None else _MODES[self.policy.network.mode]
 
+    @property
+    def sizes(self) -> Sizes:
+        """What the guest is made of. Raises UserInputError, or RefusedError where the policy allows less."""
+        return sizes_of(self.policy, image=self.image, vcpus=self.vcpus, memory_mib=self.memory_mib)
+
     def check(self) -> None:
         """Refuse what cannot work, before anything is made. Raises UserInputError, or RefusedError by the policy."""
         self._check_network()
-        for what, value, least, most in (
-            ("--memory", self.memory_mib, 256, 1 << 20),
-            ("--vcpus", self.vcpus, 1, 64),
-            ("--ssh-ports", self.ssh_ports, 1, 28),
-        ):
-            if not least <= value <= most:
-                raise UserInputError(f"{what} must be between {least} and {most}, not {value}")
+        self._check_accept()
+        _ = self.sizes
+        if not 1 <= self.ssh_ports <= 28:
+            raise UserInputError(f"--ssh-ports must be between 1 and 28, not {self.ssh_ports}")
         if self.project is not None and not self.project.is_dir():
             raise UserInputError(
                 f"not a folder: {self.project}", resolution="name the folder of the project to copy in"
+            )
+
+    def _check_accept(self) -> None:
+        cap = self.policy.returns.accept
+        if self.accept is not None and exceeds(self.accept, cap):
+            where = f" ({self.policy.source})" if self.policy.source else ""
+            raise RefusedError(
+                f"the policy lets at most {cap!r} be taken without a person, not {self.accept.value!r}",
+                details=f"sandbox.return.accept: {cap}{where}",
+                resolution=f"--accept {cap}, or leave it away to be asked in a terminal",
             )
 
     def _check_network(self) -> None:
@@ -98,6 +117,11 @@ class SessionRequest:
             )
         if self.learn and asked is NetworkMode.NONE:
             raise UserInputError("--learn needs a network", resolution="add --net proxy")
+        if needs_watcher(self.policy.session) and self.ssh_ports < 2:
+            raise UserInputError(
+                "one SSH port is not enough for a session that has a time limit or a health check",
+                resolution="its watcher needs one: --ssh-ports 2",
+            )
         if asked is not NetworkMode.NONE and self.keep and self.ssh_ports < 2:
             raise UserInputError(
                 "one SSH port is not enough for a guest with a network",
@@ -115,6 +139,7 @@ class Prepared:
     machine: Machine
     template: Template
     broker: Path | None = None
+    limits: GuestLimits = NO_LIMITS
 
 
 def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Programs, monitor: Monitor) -> Prepared:
@@ -133,14 +158,17 @@ def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Progr
         from vmsandbox.hypervisor.network import refuse_where_impossible
 
         refuse_where_impossible(host.uri)  # before minutes go into a template for it
-    shape = GuestShape(accelerator, request.vcpus, request.memory_mib, request.ssh_ports, card=card)
+    sizes = request.sizes
+    balloon = sizes.limits.memory_reserved_mib is not None
+    shape = GuestShape(accelerator, sizes.vcpus, sizes.memory_mib, request.ssh_ports, card=card, balloon=balloon)
     store = ImageStore(layout)
-    image = find_or_build(request.image, layout, store, programs, monitor)
+    image = find_or_build(sizes.image, layout, store, programs, monitor)
     store.verify(image)
     files = ImageFiles(image.name, image.digest, image.root, image.kernel, image.initrd)
     machine = Machine.of(host, shape)
-    template = find_template(host, files, shape, machine, layout, programs, monitor)
-    return Prepared(kvm, shape, files, machine, template, _broker_environment(request, layout, programs, monitor))
+    template = find_template(host, files, shape, machine, layout, programs, monitor, request.policy)
+    broker = _broker_environment(request, layout, programs, monitor)
+    return Prepared(kvm, shape, files, machine, template, broker, sizes.limits)
 
 
 def _broker_environment(request: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor) -> Path | None:
@@ -191,11 +219,19 @@ def find_template(
     layout: Layout,
     programs: Programs,
     monitor: Monitor,
+    policy: Policy,
 ) -> Template:
-    """The template for these inputs, made now if there is none."""
+    """The template for these inputs, made now if there is none: one for all policies, tailored to this one."""
     cloudinit = resource_folder("cloudinit")
     plan = TemplatePlan(image, shape, machine, cloudinit, lambda: _seed_archive(cloudinit, shape))
-    return obtain_template(host, plan, TemplateStore(layout), programs, monitor)
+    store = TemplateStore(layout)
+    base = obtain_template(host, plan, store, programs, monitor)
+    message = confinement_of(policy)
+    if message is None:
+        return base
+    from vmsandbox.hypervisor.tailoring import TailorPlan, tailor_template
+
+    return tailor_template(host, TailorPlan(base, plan, message), store, programs, monitor)
 
 
 def _seed_archive(cloudinit: Path, shape: GuestShape) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vmsandbox.errors import GuestError
+from vmsandbox.errors import GuestError, UserInputError
 from vmsandbox.guest.bulk import RECORD, TICK
 from vmsandbox.guest.pack import pack
 from vmsandbox.guest.walk import walk_project
@@ -25,6 +25,8 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import BULK_CHANNEL
 from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.folder import SessionInfo
+from vmsandbox.session.history import HistoryMode, snapshot_on_the_way
+from vmsandbox.session.incoming import Incoming
 from vmsandbox.spec import PROJECTS
 
 if TYPE_CHECKING:
@@ -50,14 +52,17 @@ def guest_folder_for(project: Path) -> str:
     return f"{PROJECTS}/{name if _PLAIN_NAME.fullmatch(name) else 'project'}"
 
 
-def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Programs) -> SessionInfo:
+def push_project(
+    sandbox: Sandbox, project: Path, policy: Policy, programs: Programs, history: HistoryMode = "none"
+) -> SessionInfo:
     """Copy a project into the guest; returns the session's record with where it lies.
 
-    What was in that folder of the guest before is replaced.
+    What was in that folder of the guest before is replaced. history: of the guest's own repository; one without any
+    comes with the project where it can (else see `session.history.give_history`).
 
     Raises:
         UserInputError: something in the project cannot be read, or it is over a limit.
-        RefusedError: the policy denies the project itself.
+        RefusedError: the policy denies the project itself, or refuses what was found in it.
         GuestError: the guest did not take it.
     """
     target = guest_folder_for(project)
@@ -65,15 +70,29 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
         sandbox.monitor.progress(0, None, "looking through the project")
         walk = walk_project(project, policy, programs=programs)
         small = len(walk.entries) <= _SMALL_FILES and walk.total_bytes <= _SMALL_BYTES
+        incoming = Incoming(sandbox, walk, policy.push)
+        incoming.before()
         script = _UNPACK if small else f'{{ {_UNPACK} && echo unpacked; }} | "$2" --baseline "$1"'
         baseline = baseline_file(sandbox)
         baseline.unlink(missing_ok=True)
-        untrusted_listing, manifest = send_archive(
-            sandbox,
-            ["sh", "-c", script, "sh", target, SENDER],
-            lambda write: pack(walk, write, lambda done, all_: sandbox.monitor.progress(done, all_, "bytes")).manifest,
-        )
-    record = sandbox.folder.record_folder(sandbox.info.id)
+
+        def on_progress(done: int, whole: int) -> None:
+            sandbox.monitor.progress(done, whole, "bytes")
+
+        record = sandbox.folder.record_folder(sandbox.info.id)
+        with snapshot_on_the_way(project, walk.total_bytes, programs, record, history) as snapshot:
+            untrusted_listing, manifest = send_archive(
+                sandbox,
+                ["sh", "-c", script, "sh", target, SENDER],
+                lambda write: pack(walk, write, on_progress, snapshot, incoming.on_content).manifest,
+            )
+            try:
+                incoming.check_sent(manifest)
+            except UserInputError:
+                _remove(sandbox, target)
+                raise
+            if snapshot is not None:
+                snapshot.given(record)
     (record / "pushed.jsonl").write_bytes(b"".join(manifest.lines()))
     if not small:
         baseline.write_bytes(untrusted_listing)  # last: never beside the manifest of an earlier push
@@ -86,11 +105,22 @@ def push_project(sandbox: Sandbox, project: Path, policy: Policy, programs: Prog
     sandbox.journal.append(events.ProjectPushed(files, walk.total_bytes, len(withheld), manifest.digest, str(project)))
     info = replace(sandbox.info, guest_folder=target, project=str(project))
     sandbox.folder.update(info)
+    incoming.tell()
     if withheld:
         secret = [row.path for row in walk.withheld if row.reason.name in ("SECRET", "POLICY", "LINK")]
         ignored = len(withheld) - len(secret)
         sandbox.monitor.notice(_withheld_text(secret, ignored, sandbox.name))
     return info
+
+
+def _remove(sandbox: Sandbox, target: str) -> None:
+    from vmsandbox.guest.ssh import exit_status
+
+    channel = sandbox.shell().start(["rm", "-rf", "--", target], plumbing=True)
+    try:
+        exit_status(channel, 60)
+    finally:
+        channel.close()
 
 
 def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], Result]) -> tuple[bytes, Result]:
@@ -104,7 +134,7 @@ def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], R
     """
     shell = sandbox.shell()
     with sandbox.folder.bulk_port() as port:
-        channel = shell.start(command)
+        channel = shell.start(command, plumbing=True)
         try:
             channel.shutdown_write()
             ended = channel.status_event.is_set

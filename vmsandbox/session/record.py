@@ -6,15 +6,20 @@ long after the session. Everything here works from the record's folder alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal, verified_records
 from vmsandbox.paths import Layout
+from vmsandbox.policy.return_rules import narrowed
+from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown
@@ -67,6 +72,44 @@ class Record:
             elif event["kind"] == "guest.isolation":
                 request = replace(request, allow_emulation=data["grade"] == Grade.EMULATED)
         return request
+
+    def returns(self) -> ReturnPolicy:
+        """What the session's policies let come back, as they were when it began and at each push.
+
+        Never read from the project's own file: what the guest made of that may have been accepted since.
+
+        Raises:
+            HostError: the rules are not there as the journal says.
+        """
+        digest = next((one["data"]["digest"] for one in reversed(self.events()) if one["kind"] == "return.rules"), None)
+        if digest is None:
+            return ReturnPolicy()
+        try:
+            content = self._returns_file(digest).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError("it is not what the journal has the digest of")
+            rules = json.loads(content)
+            return ReturnPolicy(**{**rules, "denied_paths": tuple(rules["denied_paths"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise HostError(
+                f"what may come back of session {self.id} is not known: its record is damaged", details=str(error)
+            ) from error
+
+    def keep_returns(self, rules: ReturnPolicy) -> None:
+        """Hold the session to these rules too. The journal has their digest: it cuts long lists itself."""
+        if rules == ReturnPolicy():
+            return
+        known = self.returns()
+        both = narrowed(known, rules)
+        if both == known:
+            return
+        content = json.dumps(asdict(both), sort_keys=True).encode()
+        digest = hashlib.sha256(content).hexdigest()
+        self._returns_file(digest).write_bytes(content)
+        self.journal.append(events.ReturnRulesKept(both.accept, len(both.denied_paths), digest))
+
+    def _returns_file(self, digest: str) -> Path:
+        return self.folder / f"returns-{digest[:16]}.json"
 
     def pushed(self) -> Manifest:
         """What was copied in."""

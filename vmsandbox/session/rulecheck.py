@@ -12,6 +12,7 @@ from vmsandbox.errors import GuestError, VmsandboxError
 from vmsandbox.guest.pack import pack_returned
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
+from vmsandbox.policy.values import Policy
 from vmsandbox.review.manifest import Manifest
 from vmsandbox.review.rules import CommandRule, command_findings
 from vmsandbox.review.values import Contents, Finding
@@ -41,7 +42,12 @@ def run_command_rules(
     if not rules:
         return ()
     try:
-        fresh = replace(request, project=None, name=None, keep=False, network=NetworkMode.NONE, learn=False)
+        policy = Policy(
+            image=request.policy.image, isolation=request.policy.isolation, resources=request.policy.resources
+        )
+        fresh = replace(
+            request, project=None, name=None, policy=policy, keep=False, network=NetworkMode.NONE, learn=False
+        )
         with Sandbox.open(request=fresh, layout=layout, monitor=monitor) as guest:
             folder = f"{PROJECTS}/project"
             _send(guest, folder, tree, contents)

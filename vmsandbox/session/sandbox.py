@@ -34,18 +34,25 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import (
     SessionFolder,
     SessionInfo,
     new_session_id,
     process_started,
 )
+from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.identity import give_identity
 from vmsandbox.session.inspection import inspect_guest
+from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest, prepare
+from vmsandbox.session.record import Record
+from vmsandbox.session.sizes import disk_free_of
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
+from vmsandbox.session.variables import guest_variables
+from vmsandbox.session.watching import needs_watcher, start_watcher
 from vmsandbox.spec import WORKER, History, NetworkMode
 
 if TYPE_CHECKING:
@@ -74,6 +81,7 @@ class Sandbox:
         self._port = ExitStack()
         self._network: GuestNetwork | None = None
         self._network_to_come: NetworkToCome | None = None
+        self.project_is_open = False  # whether the policy's guard over the project is down (`session.enforced`)
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -106,9 +114,9 @@ class Sandbox:
         asked.check()
         where = layout or Layout.from_environment()
         listener = monitor or Monitor()
-        # 0.2 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
+        # 0.3 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
         # tear it out of compiled code, which aborts ("FATAL: exception not rethrown", status 134).
-        threading.Thread(target=_import_ssh).start()
+        threading.Thread(target=_get_ready, args=(asked.project is not None,)).start()
         runner = programs or Programs()
         if asked.project is not None:
             make_whole(asked.project, listener)  # before it is copied in half old, half new
@@ -119,12 +127,18 @@ class Sandbox:
             try:
                 backup = sandbox._back_up(asked, runner)
                 sandbox._start(host, asked, prepared, runner)
+                sandbox.project_is_open = True  # as its template was frozen
                 if asked.project is not None:
                     sandbox.push(asked.project, asked.policy, runner, asked.history)
+                else:
+                    with enforced(sandbox, asked.policy, None, None):
+                        pass
                 if backup is not None:
                     backup.result()
                 if sandbox._network is not None:
                     sandbox._network.wait_for_keeper()
+                if needs_watcher(asked.policy.session):
+                    start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner)
             except BaseException as error:
                 sandbox._failed(error)
                 raise
@@ -180,6 +194,7 @@ class Sandbox:
 
     def shell(self) -> GuestShell:
         """The SSH connection of this object, made on first use."""
+        note_activity(self.folder)
         if self._shell is None or not self._shell.is_open:
             from vmsandbox.guest.ssh import GuestShell
 
@@ -214,12 +229,19 @@ class Sandbox:
         self.journal.append(events.CommandEnded(status, round(seconds, 3)))
 
     def run(self, command: Sequence[str], *, stdin: int | None = None) -> int:
-        """Run a command with this process's stdout and stderr; returns its exit status."""
+        """Run a command with this process's stdout and stderr; returns its exit status.
+
+        Raises:
+            LimitReachedError: it wrote more than it may, or the session's time was up.
+        """
         from vmsandbox.guest.streams import join_streams, write_all
 
         began = time.monotonic()
-        channel = self.start(command)
-        status = join_streams(channel, stdin, write_all(1), write_all(2))
+        with limited(self) as meter:
+            channel = self.start(command)
+            with ended_at_limit(channel):
+                out, err = meter.sink(write_all(1)), meter.sink(write_all(2))
+                status = join_streams(channel, stdin, out, err, fed=meter.note)
         self.ended(status, time.monotonic() - began)
         return status
 
@@ -232,11 +254,13 @@ class Sandbox:
     ) -> None:
         """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`)."""
         from vmsandbox.session.history import give_history
-        from vmsandbox.session.project import push_project
+        from vmsandbox.session.project import guest_folder_for, push_project
 
         rules, runner = policy or Policy(), programs or Programs()
-        self.info = push_project(self, project, rules, runner)
-        give_history(self, project, history.value, rules, runner)
+        Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
+        with enforced(self, rules, project, guest_folder_for(project)):
+            self.info = push_project(self, project, rules, runner, history.value)
+            give_history(self, project, history.value, rules, runner)
 
     def changes(self) -> Changes:
         """What the guest's tree has that was not pushed, and the other way round."""
@@ -295,12 +319,14 @@ class Sandbox:
             vcpus=prepared.shape.vcpus,
             project=str(asked.project) if asked.project else None,
             network=asked.mode.value,
+            output_bytes=asked.policy.resources.output,
         )
         folder.claim(info)
         sandbox = cls(layout, folder, info, monitor)
         opened = events.SessionOpened(info.id, name, uuid, info.project, __version__)
         try:
             sandbox.journal.append(opened)
+            Record(folder.record_folder(info.id)).keep_returns(asked.policy.returns)
         except BaseException as error:
             sandbox._failed(error)
             raise
@@ -330,15 +356,22 @@ class Sandbox:
             machine=prepared.machine,
             folder=self.folder.vm,
             run_folder=self.folder.run,
+            limits=prepared.limits,
         )
+        variables = guest_variables(asked.policy, os.environ)
+        environment = guest_environment(variables) if variables else None
         self._network_to_come = NetworkToCome(asked, prepared, self.folder, self.info, programs, self.monitor)
         with self.monitor.step(f"starting guest {self.name}"):
             domain, control = start_fork(
-                host, request, programs, lambda plan, xml: self._inspect(host, prepared, plan, xml)
+                host, request, programs, lambda plan, xml: self._inspect(host, asked.policy, prepared, plan, xml)
             )
             network = self._network_to_come.result()
             keys, machine_id = give_identity(
-                control, self.name, IDENTITY_DEADLINE, network.identity if network else None
+                control,
+                self.name,
+                IDENTITY_DEADLINE,
+                network.identity if network else environment,
+                disk_free_of(prepared.limits),
             )
             self.folder.save_keys(keys)
             if network is not None:
@@ -350,8 +383,10 @@ class Sandbox:
         self.folder.update(self.info)
         self.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
 
-    def _inspect(self, host: Host, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
-        self.isolation = inspect_guest(host, prepared, plan, live_xml, self.folder, self.journal, self.info.network)
+    def _inspect(self, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
+        self.isolation = inspect_guest(
+            host, prepared, plan, live_xml, self.folder, self.journal, self.info.network, policy
+        )
         self.info = replace(self.info, grade=self.isolation.grade.value)
         self.folder.update(self.info)
 
@@ -363,5 +398,12 @@ class Sandbox:
         self.close("failed to start")
 
 
-def _import_ssh() -> None:
-    import vmsandbox.guest.ssh  # noqa: F401
+def _get_ready(to_push: bool) -> None:
+    import vmsandbox.guest.ssh
+
+    if to_push:
+        import vmsandbox.session.project  # noqa: F401
+        from vmsandbox.review.incoming import scan
+
+        list(scan("README.md", "é".encode()))  # its lists are read and compiled: 0.1 s
+        list(scan("a.py", "é".encode()))

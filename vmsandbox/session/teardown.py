@@ -18,6 +18,7 @@ from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.keeper import end_keeper
+from vmsandbox.session.watching import end_watcher
 
 _END_DEADLINE_MS = 10_000
 _INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -30,6 +31,8 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
     is done. The folder itself goes last, so that what could not be removed can be found again.
     """
     left: list[str] = []
+    if _is_anothers(folder, info):
+        return left
 
     def attempt(what: str, step: Callable[[], None]) -> None:
         try:
@@ -39,6 +42,9 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTIONS)
     try:
+        attempt("watcher", lambda: end_watcher(folder))
+        if _is_anothers(folder, info):
+            return left  # the watcher was ending it, and somebody has used the name again since
         attempt("network", lambda: end_keeper(folder))
         attempt("guest", lambda: end_guest(folder, info))
         attempt("network card", lambda: _remove_card(folder, info))
@@ -50,6 +56,13 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return left
+
+
+def _is_anothers(folder: SessionFolder, info: SessionInfo) -> bool:
+    """Whether the name belongs to another session by now."""
+    with suppress(VmsandboxError):
+        return folder.info().id != info.id
+    return False
 
 
 def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
@@ -79,6 +92,7 @@ def remove_damaged(layout: Layout, name: str) -> list[str]:
     left: list[str] = []
     host = Host.open()
     try:
+        end_watcher(folder)
         end_keeper(folder)
         for domain in host.list_sessions(METADATA_NS):
             # a domain's name is "vmsandbox-<session>-<six hexadecimal digits>"

@@ -1,0 +1,175 @@
+"""What the watcher's process does (see `session.watching`): ends one session at its limits, runs its health check.
+
+The session is known by its id and its guest by its UUID, looked at each time: a name that is used again is another
+session. What the guest made of the project is fetched first, so that an end by a limit loses no work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vmsandbox.errors import UserInputError, VmsandboxError
+from vmsandbox.journal import events
+from vmsandbox.monitor import Monitor
+from vmsandbox.paths import Layout
+from vmsandbox.policy.values import Healthcheck
+from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.freezing import is_frozen
+from vmsandbox.session.gc import guest_is_alive
+from vmsandbox.session.health import Health
+from vmsandbox.session.limits import activity_file
+from vmsandbox.session.teardown import end_guest, tear_down
+from vmsandbox.session.watching import COLLECT_SECONDS
+
+_LOOK = 1.0  # seconds between two looks, at most
+
+
+class _Log(Monitor):
+    """Warnings onto stderr, which is the log file."""
+
+    def warning(self, text: str) -> None:
+        print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Read what to watch from stdin, and watch it."""
+    ending = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        os.eventfd_write(ending, 1)
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal's hangup
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        return  # who started us has gone
+    try:
+        _Watch(json.loads(line), ending).run()
+    except Exception:
+        _Log().warning(traceback.format_exc())
+        sys.exit(1)
+
+
+class _Watch:
+    def __init__(self, told: dict[str, Any], ending: int) -> None:
+        self._layout = Layout(**{name: Path(path) for name, path in told["layout"].items()})
+        self._folder = SessionFolder(self._layout, told["name"])
+        self._id = str(told["id"])
+        self._time: float | None = told["time"]
+        self._idle: float | None = told["idle"]
+        self._check = Healthcheck(tuple(told["health"][0]), *told["health"][1:]) if told["health"] else None
+        self._ending = ending
+
+    def run(self) -> None:
+        """Until the guest is gone, someone asks for the end, or a limit is met."""
+        info = self._info()
+        if info is None:
+            return
+        health = Health(self._folder, self._id, self._check) if self._check else None
+        if health is not None:
+            health.start()
+        try:
+            limit = self._wait(info)
+        finally:
+            if health is not None:
+                health.end()
+        if limit is not None and (now := self._info()) is not None:
+            self._end(now, limit)
+
+    def _info(self) -> SessionInfo | None:
+        """The session's record, if it is still this session."""
+        with suppress(VmsandboxError):
+            info = self._folder.info()
+            return info if info.id == self._id else None
+        return None
+
+    def _wait(self, info: SessionInfo) -> str | None:
+        """The limit that was met; None if the session has ended by itself, or is being ended."""
+        qemu = os.pidfd_open(int((self._folder.path / "qemu.pid").read_text()))
+        try:
+            if not guest_is_alive(self._folder, info):
+                return None
+            poller = select.poll()
+            poller.register(qemu, select.POLLIN)
+            poller.register(self._ending, select.POLLIN)
+            began = active = time.monotonic()
+            noted = self._noted()
+            while True:
+                limits = [limit for limit in (self._time, self._idle) if limit is not None]
+                if poller.poll(1000 * min(_LOOK, *(limit / 10 for limit in limits)) if limits else None):
+                    return None
+                now = time.monotonic()
+                # By the change and not by the clock, which may be set.
+                if (latest := self._noted()) != noted:
+                    noted, active = latest, now
+                if is_frozen(self._folder):
+                    active = now  # a person looks into it: nothing ends before it is thawed
+                elif self._time is not None and now - began >= self._time:
+                    return "time"
+                elif self._idle is not None and now - active >= self._idle:
+                    return "idle"
+        finally:
+            os.close(qemu)
+
+    def _noted(self) -> int | None:
+        with suppress(OSError):
+            return activity_file(self._folder).stat().st_mtime_ns
+        return None
+
+    def _end(self, info: SessionInfo, limit: str) -> None:
+        # From here on the end is this process's: who asks for it now waits (`end_watcher`).
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        journal = self._folder.journal(self._id)
+        value = self._time if limit == "time" else self._idle
+        journal.append(events.LimitReached(limit, value or 0))
+        self._collect(info)
+        now = self._info()
+        if now is None:
+            return
+        if now.owner_is_alive:
+            end_guest(self._folder, now)  # the rest is its owner's, who waits for the guest and hears of it so
+            return
+        left = tear_down(self._layout, self._folder, now)
+        journal.append(events.SessionClosed(f"ended by its limit: {limit}", left))
+
+    def _collect(self, info: SessionInfo) -> None:
+        """Fetch what changed into the record's quarantine, while that takes no longer than it may."""
+        if info.guest_folder is None or not info.ready:
+            return
+        from vmsandbox.session.sandbox import Sandbox
+
+        log = _Log()
+        late = threading.Timer(COLLECT_SECONDS, end_guest, (self._folder, info))
+        late.daemon = True
+        late.start()
+        until = time.monotonic() + COLLECT_SECONDS
+        sandbox = Sandbox(self._layout, self._folder, info, log)
+        try:
+            while True:
+                try:
+                    sandbox.collect()
+                    return
+                except UserInputError:  # somebody else is at it
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(1)
+        except (VmsandboxError, OSError) as error:
+            brief = f"what the guest made of the project could not be fetched before its end: {error}"
+            log.warning(brief)
+            with suppress(VmsandboxError):
+                sandbox.journal.append(events.SessionFailed(brief, getattr(error, "details", "")))
+        finally:
+            late.cancel()
+            sandbox.disconnect()
