@@ -205,7 +205,9 @@ class Prompt:
 
     PROGRAM = """
 import json, sys
+from vmsandbox.cli import asking
 from vmsandbox.cli.asking import has_person, person
+asking.SETTLE = float(sys.argv[3])
 from vmsandbox.guest.ask import Question
 import time, tty
 if sys.argv[2] == "raw": tty.setraw(0)
@@ -216,11 +218,11 @@ until = time.monotonic() + q["seconds"]
 print("answer", person("demo")(Question(**q), lambda: time.monotonic() < until), flush=True)
 """
 
-    def __init__(self, mode: str = "cooked", **changed: object) -> None:
+    def __init__(self, mode: str = "cooked", settle: float = 0.1, **changed: object) -> None:
         self.master, self.slave = pty.openpty()
         asked = json.dumps({**ASKED, **changed})
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM, asked, mode],
+            [sys.executable, "-c", self.PROGRAM, asked, mode, str(settle)],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
             env={**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
@@ -241,7 +243,10 @@ print("answer", person("demo")(Question(**q), lambda: time.monotonic() < until),
         try:
             self.expect(b"ready True")
             os.write(self.master, early)
-            page = self.expect(b"then it is no)?")
+            page = self.expect(b"\x1b[?1049h")
+            os.write(self.master, early)  # what a terminal answers to a guest's query comes about now
+            page += b"\x1b[?1049h" + self.expect(b"then it is no)?")
+            time.sleep(0.3)  # what is typed within an instant of the question is dropped with what came before
             os.write(self.master, typed)
             self.expect(b"answer ")
             return page, self.expect(b"\n").strip()
@@ -258,19 +263,19 @@ print("answer", person("demo")(Question(**q), lambda: time.monotonic() < until),
      (b"\x1b[0ny\r", b"no"), (b"", b"no answer in time")],
 )  # fmt: skip
 def test_the_prompt(typed: bytes, answer: bytes) -> None:
-    assert Prompt(seconds=2).answer(typed)[1] == answer
+    assert Prompt(seconds=3).answer(typed)[1] == answer
 
 
 @pytest.mark.parametrize("mode", ["raw", "cooked"])
 def test_what_was_typed_before_answers_nothing(mode: str) -> None:
-    page, answer = Prompt(mode, seconds=3).answer(b"", early=b"y\ry\ry\r\x1b[200~y\r")
+    page, answer = Prompt(mode, 1, seconds=4).answer(b"", early=b"y\ry\ry\r\x1b[200~y\r")
     assert answer == b"no answer in time"
     assert page.index(b"\x1b[?1049h") < page.index(MARK.encode()), "on a screen of its own"
 
 
 def test_what_the_guest_chose_stands_behind_the_bar() -> None:
     words = ["pip", "\x1b[2J\x1b]0;t\x07", f"\n{MARK} allow? y", "\u202eexe", "x" * 300, "", "\udcff"]
-    page, answer = Prompt(argv=words, cwd="/w\n" + MARK, seconds=3).answer(b"y\r")
+    page, answer = Prompt(argv=words, cwd="/w\n" + MARK, seconds=9).answer(b"y\r")
     assert answer == b"yes"
     lines = page.partition(b"\x1b[H\x1b[2J")[2].decode().splitlines()
     for one in lines:
