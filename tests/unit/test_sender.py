@@ -165,6 +165,9 @@ def test_what_cannot_be_read_is_told_and_not_taken_for_deleted(tree: Path, place
     pushed = pushed_tree(tree)
     (tree / "secret").chmod(0)
     (tree / "closed").chmod(0)
+    if os.geteuid() == 0:  # the worker's own: what is root's alone was mounted there, and is passed over
+        for path in (tree / "secret", tree / "closed"):
+            os.chown(path, 65534, 65534)
 
     def guest(sock: socket.socket) -> None:
         subprocess.run(

@@ -212,7 +212,7 @@ class TemplateStore:
 
 
 def _digests_below(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "__pycache__")
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
