@@ -114,6 +114,10 @@ class Supervisor:
         except calls.Gone:
             return
         try:
+            if self._exempt.is_root(call.pid):  # sshd on its way to a login
+                call.check()
+                call.go_on()
+                return
             judged = self._judged(call)
             call.check()
             if judged.action == ALLOW and not judged.watch:
@@ -142,12 +146,6 @@ class Supervisor:
 
     def _cannot(self, call, error):
         """The file is not there, say: the kernel would answer the same. (Its own answer might be another by then.)"""
-        try:
-            if self._exempt.is_root(call.pid):
-                call.go_on()
-                return
-        except OSError:
-            pass
         call.refuse(error.errno if error.errno in _KERNELS_OWN else errno.EACCES)
 
     def _answered(self, question, problem):
