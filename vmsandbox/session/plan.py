@@ -30,6 +30,7 @@ from vmsandbox.session.watching import needs_watcher
 from vmsandbox.spec import NO_LIMITS, Accelerator, Accept, GuestLimits, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
+POST_CREATE_SECONDS = 1800  # a policy's own command, once for its template
 # network.mode of a policy → what a guest gets, and what a command line may ask for. `restricted` says that a guest
 # reaches what the rules allow, and leaves open how.
 _MODES = {
@@ -231,7 +232,8 @@ def find_template(
         return base
     from vmsandbox.hypervisor.tailoring import TailorPlan, tailor_template
 
-    return tailor_template(host, TailorPlan(base, plan, message), store, programs, monitor)
+    seconds = POST_CREATE_SECONDS if policy.session.post_create else 0
+    return tailor_template(host, TailorPlan(base, plan, message, seconds), store, programs, monitor)
 
 
 def _seed_archive(cloudinit: Path, shape: GuestShape) -> bytes:

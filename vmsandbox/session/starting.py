@@ -1,0 +1,152 @@
+"""From a claimed name to a guest that has its identity and answers: the first half of a session.
+
+Order is safety here. A resource is written down before it is made, and nothing of the guest is used before its identity
+is the session's own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid as uuids
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vmsandbox import __version__
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.fork import DOMAIN_PREFIX, ForkRequest, start_fork
+from vmsandbox.journal import events
+from vmsandbox.paths import Layout
+from vmsandbox.policy.values import Policy
+from vmsandbox.process import Programs
+from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id, process_started
+from vmsandbox.session.guest_settings import guest_environment
+from vmsandbox.session.identity import give_identity
+from vmsandbox.session.inspection import inspect_guest
+from vmsandbox.session.networking import NetworkToCome
+from vmsandbox.session.plan import Prepared, SessionRequest
+from vmsandbox.session.record import Record
+from vmsandbox.session.sizes import disk_free_of
+from vmsandbox.session.variables import guest_variables
+
+if TYPE_CHECKING:
+    from vmsandbox.session.backup import Backup
+    from vmsandbox.session.sandbox import Sandbox
+
+IDENTITY_DEADLINE = 30  # seconds
+
+
+def claim(asked: SessionRequest, prepared: Prepared, layout: Layout) -> tuple[SessionFolder, SessionInfo]:
+    """Take the session's name. Raises UserInputError if it is in use."""
+    uuid = str(uuids.uuid4())
+    name = asked.name or f"s-{uuid[:8]}"
+    folder = SessionFolder(layout, name)
+    session_id = new_session_id(name)
+    info = SessionInfo(
+        id=session_id,
+        name=name,
+        uuid=uuid,
+        # the id's random end: libvirt may still be forgetting a guest of the same name
+        domain=f"{DOMAIN_PREFIX}{name}-{session_id[-6:]}",
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        owner_pid=os.getpid(),
+        owner_started=process_started(os.getpid()) or 0,
+        image=prepared.image.name,
+        image_digest=prepared.image.digest,
+        template=prepared.template.key,
+        ssh_ports=prepared.shape.ssh_ports,
+        memory_mib=prepared.shape.memory_mib,
+        vcpus=prepared.shape.vcpus,
+        project=str(asked.project) if asked.project else None,
+        network=asked.mode.value,
+        output_bytes=asked.policy.resources.output,
+    )
+    folder.claim(info)
+    return folder, info
+
+
+def write_opened(sandbox: Sandbox, policy: Policy) -> None:
+    """Begin the session's record: that it exists, and what may come back of it."""
+    info = sandbox.info
+    sandbox.journal.append(events.SessionOpened(info.id, info.name, info.uuid, info.project, __version__))
+    Record(sandbox.folder.record_folder(info.id)).keep_returns(policy.returns)
+
+
+def back_up(sandbox: Sandbox, asked: SessionRequest, programs: Programs) -> Future[Backup] | None:
+    """Keep the tree of before in the record, while the guest starts."""
+    if asked.project is None or not asked.backup:
+        return None
+    from vmsandbox.session.backup import keep_project
+
+    pool = ThreadPoolExecutor(1, "backup")
+    try:
+        return pool.submit(keep_project, sandbox.layout, sandbox.info.id, asked.project, programs)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: Prepared, programs: Programs) -> None:
+    """Fork the template, look at what really runs, give it its identity and network, and log in.
+
+    Raises:
+        RefusedError, HostError, GuestError: it is not what was asked for, or did not come up; the caller tears down.
+    """
+    began = time.monotonic()
+    request = ForkRequest(
+        name=sandbox.info.domain.removeprefix(DOMAIN_PREFIX),
+        uuid=sandbox.info.uuid,
+        session_id=sandbox.info.id,
+        image=prepared.image,
+        template=prepared.template,
+        shape=prepared.shape,
+        machine=prepared.machine,
+        folder=sandbox.folder.vm,
+        run_folder=sandbox.folder.run,
+        limits=prepared.limits,
+    )
+    variables = guest_variables(asked.policy, os.environ)
+    environment = guest_environment(variables) if variables else None
+    sandbox.network_to_come = NetworkToCome(asked, prepared, sandbox.folder, sandbox.info, programs, sandbox.monitor)
+    with sandbox.monitor.step(f"starting guest {sandbox.name}"):
+        domain, control = start_fork(
+            host, request, programs, lambda plan, xml: _inspect(sandbox, host, asked.policy, prepared, plan, xml)
+        )
+        network = sandbox.network_to_come.result()
+        keys, machine_id = give_identity(
+            control,
+            sandbox.name,
+            IDENTITY_DEADLINE,
+            network.identity if network else environment,
+            disk_free_of(prepared.limits),
+        )
+        sandbox.folder.save_keys(keys)
+        if network is not None:
+            sandbox.network = network
+            network.guest_is_up(domain)
+        sandbox.shell()
+    owner = (0, 0) if asked.keep else (sandbox.info.owner_pid, sandbox.info.owner_started)
+    sandbox.info = replace(sandbox.info, ready=True, owner_pid=owner[0], owner_started=owner[1])
+    sandbox.folder.update(sandbox.info)
+    sandbox.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
+
+
+def _inspect(sandbox: Sandbox, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
+    sandbox.isolation = inspect_guest(
+        host, prepared, plan, live_xml, sandbox.folder, sandbox.journal, sandbox.info.network, policy
+    )
+    sandbox.info = replace(sandbox.info, grade=sandbox.isolation.grade.value)
+    sandbox.folder.update(sandbox.info)
+
+
+def get_ready(to_push: bool) -> None:
+    """Import what is needed later, while libvirt and QEMU are at work: 0.3 s."""
+    import vmsandbox.guest.ssh
+
+    if to_push:
+        import vmsandbox.session.project  # noqa: F401
+        from vmsandbox.review.incoming import scan
+
+        list(scan("README.md", "é".encode()))  # its lists are read and compiled: 0.1 s
+        list(scan("a.py", "é".encode()))
