@@ -18,8 +18,12 @@ from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.session.watching import health_of
 
 DATA = Path(__file__).parents[1] / "unit/data/import"
-# What the small programs of these tests call, beside a login, bash and python3.
-MORE = ("copy_file_range", "dup2", "fadvise64", "ftruncate", "statfs", "symlink", "unlink", "unlinkat", "utimensat")
+# What the read-back and the small programs of these tests call, beside a login, bash and python3.
+MORE = (
+    "access", "chdir", "chmod", "copy_file_range", "dup2", "dup3", "faccessat", "faccessat2", "fadvise64", "fchmodat",
+    "fchmodat2", "ftruncate", "getcwd", "lseek", "rename", "statfs", "unlink", "unlinkat", "utimensat",
+    "vfork", "clone3", "pipe", "pipe2", "getppid",
+)  # fmt: skip
 ONCE = "cat /proc/sys/kernel/random/uuid > ~/made-once; id -un >> ~/made-once"
 
 
@@ -27,9 +31,10 @@ ONCE = "cat /proc/sys/kernel/random/uuid > ~/made-once; id -un >> ~/made-once"
 def project(tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
     """A project with the imported policy, and the sample profile beside it."""
     root = make_tree(tmp_path_factory.mktemp("imported") / "app", {"src/app.py": "print('hello')\n"})
-    (root / "seccomp-claude.json").write_bytes((DATA / "seccomp-claude.json").read_bytes())
+    for path in DATA.iterdir():
+        (root / path.name).write_bytes(path.read_bytes())
     names = ("docker-compose.security.yml", "devcontainer.json")
-    cli("policy", "import", *(DATA / name for name in names), "-o", root / ".vmsandbox.yaml")
+    cli("policy", "import", *(root / name for name in names), "-o", root / ".vmsandbox.yaml")
     # The tests' templates have this much memory, and neither pip nor claude; else it stays as it was imported.
     policy = yaml.safe_load((root / ".vmsandbox.yaml").read_text())
     policy["sandbox"]["resources"] = {"vcpus": 2, "memory": "512M"}
@@ -63,7 +68,7 @@ def test_a_profile_that_starts_no_shell_is_known_before_and_refused(cli: Cli, pr
 
 def test_security_opt_and_cap(inside: Inside) -> None:
     status = dict(
-        line.split(":\t", 1) for line in inside.python("print(open('/proc/self/status').read())").splitlines()
+        line.partition(":\t")[::2] for line in inside.python("print(open('/proc/self/status').read())").splitlines()
     )
     assert status["NoNewPrivs"] == "1" and status["Seccomp"] == "2"
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vmsandbox.errors import GuestError
-from vmsandbox.guest.control import ControlPort
+from vmsandbox.errors import GuestError, RefusedError
+from vmsandbox.guest.control import ControlPort, PortClosedError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.files import fill_sparse, new_sparse, sha256_of
 from vmsandbox.hypervisor.fork import load_state
@@ -60,6 +60,7 @@ def tailor_template(
 
     Raises:
         GuestError: the guest did not come up, or could not do what the policy asks.
+        RefusedError: nobody can log in under it.
         ImageError: the template was tampered with.
         HostError: libvirt, QEMU or the disk failed.
     """
@@ -126,5 +127,14 @@ def _tell(host: Host, domain: DomainPlan, tailor: TailorPlan, monitor: Monitor) 
             error.brief = f"the guest could not be set up as the policy asks: {error.brief}"
             raise
         monitor.progress(0.7, 1, "warming up and shrinking its memory")
-        port.request("settle", deadline=SETTLE_DEADLINE)
+        try:
+            port.request("settle", deadline=SETTLE_DEADLINE)
+        except PortClosedError:
+            raise
+        except GuestError as error:  # it rehearses a login, which its base could
+            raise RefusedError(
+                "no login works in a guest under this policy, so nothing else would",
+                details=error.details,
+                resolution="`vmsandbox policy check` names what kernel.seccomp or commands lack for a shell",
+            ) from error
         host.suspend(domain.uuid)

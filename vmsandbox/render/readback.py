@@ -44,10 +44,12 @@ _CAPABILITY_BITS = {
     "perfmon": 38, "bpf": 39, "checkpoint_restore": 40,
 }  # fmt: skip
 _SCRIPT = """
-say() { printf '=%s\\n' "$1"; mapfile -t lines < "$2"; printf '%s\\n' "${lines[@]}"; }
+say() { lines=(); mapfile -t lines < "$2"; printf '=%s\\n' "$1"; printf '%s\\n' "${lines[@]}"; }
 look() { for p; do r=; [ -e "$p" ] && r=e; [ -r "$p" ] && r=${r}r; [ -w "$p" ] && r=${r}w; [ -x "$p" ] && r=${r}x
   printf '%s %s\\n' "${r:--}" "$p"; done; }
-say status /proc/self/status; say parent /proc/$PPID/status; say mounts /proc/self/mountinfo
+say status /proc/self/status
+for l in "${lines[@]}"; do case $l in PPid:*) say parent /proc/${l#*[[:space:]]}/status;; esac; done
+say mounts /proc/self/mountinfo
 read -r c < /proc/self/cgroup; c=/sys/fs/cgroup${c#0::}
 say unit.pids $c/pids.max; say slice.pids ${c%/*}/pids.max; say slice.memory ${c%/*}/memory.max
 for s in SYSCTLS; do say "sysctl $s" "/proc/sys/${s//.//}"; done
