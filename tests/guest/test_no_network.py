@@ -123,6 +123,7 @@ def test_the_check_accepts_exactly_this_guest(guest: Guest) -> None:
             DiskImage(next(image.glob("root*")), "raw"),
         ),
         "channels": {
+            "org.vmsandbox.ask": folder.run / "ask",
             "org.vmsandbox.bulk": folder.run / "bulk",
             "org.vmsandbox.control": folder.run / "control",
             **{f"org.vmsandbox.ssh.{number}": folder.run / f"ssh.{number}" for number in range(info.ssh_ports)},
