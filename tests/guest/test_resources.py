@@ -21,7 +21,7 @@ from vmsandbox.guest.control import connect_ssh
 from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.policy.values import Policy, ResourcesPolicy, SessionPolicy
-from vmsandbox.session import sandbox as sandbox_module
+from vmsandbox.session import starting
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.guest_settings import guest_environment
@@ -236,7 +236,7 @@ def bomber(cli: Cli) -> Iterator[Guest]:
     variables = SessionPolicy(variables=(("ROOTED", "yes"),))
     policy = Policy(resources=ResourcesPolicy(disk=DISK), session=variables)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sandbox_module, "guest_environment", rooted)
+        patched.setattr(starting, "guest_environment", rooted)
         request = SessionRequest(name="bomber", policy=policy, allow_emulation=True, keep=True)
         sandbox = Sandbox.open(request=request, layout=cli.layout)
     sandbox.disconnect()
@@ -245,13 +245,14 @@ def bomber(cli: Cli) -> Iterator[Guest]:
 
 
 def as_root(guest: Guest, script: str, timeout: float) -> str:
-    """stdout of a script that the guest's root runs."""
+    """stdout of a script that the guest's root runs, outside of the SSH units and what they take away."""
     keys = guest.folder.keys()
     with guest.folder.ssh_port(guest.info.ssh_ports) as port:
         sock = connect_ssh(guest.folder.ssh_socket(port), 30)
         shell = GuestShell.connect(sock, user="root", host_key=keys.host_key, user_key=keys.user_key, deadline=60)
         try:
-            return shell.run(["bash", "-c", script], timeout=timeout)[1].decode()
+            free = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", "bash", "-c", script]
+            return shell.run(free, timeout=timeout)[1].decode()
         finally:
             shell.close()
 

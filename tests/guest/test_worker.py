@@ -109,4 +109,4 @@ def test_the_programs_it_runs_through_are_roots(inside: Any) -> None:
     for path in (*(f"/usr/lib/vmsandbox/{name}" for name in programs), "/etc/systemd/system/vmsandbox-ssh@.service"):
         file = inside.file(path)
         assert file.user == "root" and file.mode & 0o022 == 0, path
-    assert inside.run("ls /usr/lib/vmsandbox/__pycache__").stdout.startswith("vmsandbox_return."), "it is not compiled"
+    assert "vmsandbox_return." in inside.run("ls /usr/lib/vmsandbox/__pycache__").stdout, "it is not compiled"
