@@ -44,7 +44,7 @@ class Session(Strict):
 
     time: Annotated[Duration, Field(ge=1)] | None = described("When the session ends.")
     idle: Annotated[Duration, Field(ge=1)] | None = described(
-        "When a session ends in which no command runs, reads or writes."
+        "When a session ends in which no command is started, reads or writes."
     )
     environment: Annotated[list[Variable], BeforeValidator(blank_is_empty), Field(max_length=256)] = described(
         "Names of the host's variables that pass into the guest.", default_factory=list
@@ -52,7 +52,9 @@ class Session(Strict):
     variables: Annotated[dict[Variable, Text], BeforeValidator(blank_is_default), Field(max_length=256)] = described(
         "Variables of the guest and their values.", default_factory=dict
     )
-    post_create: Command | None = described("Runs once per template, in the guest.")
+    post_create: Command | None = described(
+        "Runs once per template, in the guest: without a network, before the project."
+    )
     healthcheck: HealthcheckSection | None = described("A command that is repeated; its failures are events.")
     schedule: Schedule | None = described("When it is repeated: a calendar expression of systemd.")
 
