@@ -59,7 +59,7 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
 def guest_is_alive(folder: SessionFolder, info: SessionInfo) -> bool:
     """Whether the session's own QEMU process runs."""
     with suppress(OSError, ValueError):
-        pid = int((folder.path / "qemu.pid").read_text())
+        pid = folder.qemu_pid(info)
         return info.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 

@@ -50,7 +50,7 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
         attempt("network card", lambda: _remove_card(folder, info))
         attempt("sockets", lambda: _remove(folder.sockets(info)))
         attempt("broker's socket", lambda: _remove(folder.net))
-        attempt("guest files", lambda: _remove(folder.vm))
+        attempt("guest files", lambda: _remove(folder.vm(info)))
         if not left:
             attempt("session folder", lambda: _remove(folder.path))
     finally:
@@ -117,7 +117,7 @@ def _remove_card(folder: SessionFolder, info: SessionInfo) -> None:
 def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
     """True if the session's own QEMU process was there and is gone. Its UUID must be on its command line."""
     with suppress(OSError, ValueError):
-        pid = int((folder.path / "qemu.pid").read_text())
+        pid = folder.qemu_pid(info)
         descriptor = os.pidfd_open(pid)
         try:
             # Looked at after the descriptor is held: the number cannot mean another process from here on.
