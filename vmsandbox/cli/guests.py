@@ -88,7 +88,7 @@ def start(
     sandbox = open_guest(request, policy)
     sandbox.disconnect()
     if snapshot and request.mode is not NetworkMode.FILTERED:
-        _keep_start(sandbox)
+        keep_start(sandbox)
     if json:
         info = sandbox.info
         print_json({"name": info.name, "id": info.id, "grade": info.grade, "network": info.network})
@@ -158,7 +158,7 @@ def stop(
     return 0
 
 
-def _keep_start(sandbox: Sandbox) -> None:
+def keep_start(sandbox: Sandbox) -> None:
     """Without room for it the guest is of use all the same, and says so when it is asked to roll back."""
     from vmsandbox.session.snapshots import START, take_snapshot
 
@@ -190,6 +190,12 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     """Start a guest with the project and its policy."""
     from vmsandbox.session.sandbox import Sandbox
 
+    request, monitor = with_policy(request, policy)
+    return Sandbox.open(request.project, request=request, monitor=monitor)
+
+
+def with_policy(request: SessionRequest, policy: Path | None) -> tuple[SessionRequest, Monitor]:
+    """The request under all policies that hold; what a person should know of them is told."""
     monitor = make_monitor()
     effective = _policy(request.project, policy, monitor)
     request = replace(request, policy=effective.policy)
@@ -199,7 +205,7 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
         why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
         monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
-    return Sandbox.open(request.project, request=request, monitor=monitor)
+    return request, monitor
 
 
 def _policy(project: Path | None, chosen: Path | None, monitor: Monitor) -> Effective:

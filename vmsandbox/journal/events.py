@@ -94,12 +94,13 @@ class RolledBack(Event):
 
 @dataclass(frozen=True)
 class ForkedFrom(Event):
-    """The guest began as a snapshot of another session. digest: SHA-256 of the snapshot's memory, as it was kept."""
+    """The guest began as a snapshot of another session. digest: of the snapshot's memory. project: what lies in it."""
 
     kind: ClassVar[str] = "session.forked"
     session: str
     tag: str
     digest: str
+    project: str | None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout, checked_session_name
 
+_NEXT = "next.json"
+
 
 @dataclass(frozen=True)
 class SessionInfo:
@@ -90,6 +92,15 @@ class SessionInfo:
     def owner_is_alive(self) -> bool:
         """Whether the owning process still runs (a kept session has none)."""
         return self.owner_pid > 0 and process_started(self.owner_pid) == self.owner_started
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """A session between two guests (`live/<name>/next.json`): its record before, and with the guest that comes."""
+
+    before: SessionInfo
+    coming: SessionInfo
+    tag: str
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,29 @@ class SessionFolder:
     def update(self, info: SessionInfo) -> None:
         """Write the record anew, in one step."""
         _write(self.path / "session.json", asdict(info))
+
+    def begin_halfway(self, halfway: Halfway) -> None:
+        """Write down that another guest is made for the session. Raises OSError."""
+        _write(self.path / _NEXT, asdict(halfway))
+
+    def end_halfway(self) -> None:
+        """One of the two guests is gone, and all of it."""
+        (self.path / _NEXT).unlink(missing_ok=True)
+
+    def halfway(self) -> Halfway | None:
+        """What `begin_halfway` wrote down. Raises HostError if it cannot be read."""
+        path = self.path / _NEXT
+        try:
+            written = json.loads(path.read_text())
+            return Halfway(SessionInfo(**written["before"]), SessionInfo(**written["coming"]), str(written["tag"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HostError(
+                f"the record of a rollback of session {self.name!r} cannot be read",
+                details=f"{path}: {error}",
+                resolution=f"`vmsandbox stop {self.name}` removes the session",
+            ) from error
 
     @property
     def identity_file(self) -> Path:

@@ -22,6 +22,7 @@ from vmsandbox.image.store import ImageStore
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
+from vmsandbox.session.recovery import recovered_guests
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
 
@@ -44,6 +45,7 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
     all_templates: also remove every template that no live session uses.
     """
     removed = list(_dead_sessions(layout))
+    removed += [Removed("guest", *one) for one in recovered_guests(layout)]
     removed += _stray_domains(layout, host)
     removed += _stray_networks(layout, host)
     removed += _unfinished_templates(layout)

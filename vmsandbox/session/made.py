@@ -84,3 +84,14 @@ def made_of(folder: SessionFolder, programs: Programs, *, thoroughly: bool = Fal
 def is_emulated(folder: SessionFolder) -> bool:
     """Whether its guest runs without KVM. Raises OSError, ValueError or KeyError where that was not written down."""
     return bool(json.loads((folder.path / _FILE).read_text())["shape"]["accelerator"] == Accelerator.TCG.value)
+
+
+def unlike(then: Prepared, now: Prepared) -> list[str]:
+    """In what two guests differ: their image, machine, limits or policy; in words."""
+    pairs = (
+        ("image", then.image.digest, now.image.digest),
+        ("shape", then.shape, now.shape),
+        ("limits", then.limits, now.limits),
+        ("policy", then.template.published_key, now.template.published_key),
+    )
+    return [f"{what}: {before!r} then, {after!r} now" for what, before, after in pairs if before != after]

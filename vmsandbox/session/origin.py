@@ -16,7 +16,7 @@ from vmsandbox.hypervisor.template import RAM
 from vmsandbox.journal import events
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.made import made_of
+from vmsandbox.session.made import made_of, unlike
 from vmsandbox.session.plan import Origin, Prepared
 from vmsandbox.session.snapshots import copy_known, guest_locked, known_facts, snapshot_of
 
@@ -41,17 +41,7 @@ def standing_on(origin: Origin | None, prepared: Prepared, layout: Layout, progr
     info = folder.info()
     with guest_locked(folder, shared=True):
         snapshot = snapshot_of(folder, info, origin.tag)
-        made = made_of(folder, programs).prepared
-        differences = [
-            f"{what}: {then!r} then, {now!r} now"
-            for what, then, now in (
-                ("image", made.image.digest, prepared.image.digest),
-                ("shape", made.shape, prepared.shape),
-                ("limits", made.limits, prepared.limits),
-                ("policy", info.template, prepared.template.key),
-            )
-            if then != now
-        ]
+        differences = unlike(made_of(folder, programs).prepared, prepared)
         if differences:
             raise RefusedError(
                 f"snapshot {origin.tag!r} of session {origin.name!r} was taken under something else than is asked for",
@@ -70,7 +60,9 @@ def adopt(sandbox: Sandbox, origin: Origin, prepared: Prepared) -> None:
     sandbox.info = replace(info, **known_facts(source, prepared.template.folder.name))
     sandbox.folder.update(sandbox.info)
     sandbox.journal.append(
-        events.ForkedFrom(source.info().id, prepared.template.folder.name, prepared.template.digests[RAM])
+        events.ForkedFrom(
+            source.info().id, prepared.template.folder.name, prepared.template.digests[RAM], sandbox.info.project
+        )
     )
 
 

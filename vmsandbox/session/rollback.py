@@ -8,16 +8,14 @@ finished by `recover`, by whomever it is called.
 from __future__ import annotations
 
 import importlib
-import json
-import shutil
 import threading
 import time
 import uuid as uuids
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmsandbox.errors import HostError, UserInputError
+from vmsandbox.errors import UserInputError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
@@ -26,20 +24,19 @@ from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder, SessionInfo, write_text
+from vmsandbox.session.folder import Halfway, SessionFolder, SessionInfo
 from vmsandbox.session.identity import go_on_as
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import made_of
 from vmsandbox.session.plan import Prepared
 from vmsandbox.session.snapshots import guest_locked, known_facts, restore_known, snapshot_of
 from vmsandbox.session.starting import IDENTITY_DEADLINE, domain_name
-from vmsandbox.session.teardown import end_guest
+from vmsandbox.session.teardown import end_guest, remove_guest_files
 from vmsandbox.spec import WORKER
 
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
 
-NEXT = "next.json"
 _LOGIN_SECONDS = 30
 
 
@@ -68,8 +65,7 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         uuid = str(uuids.uuid4())
         place = known_facts(folder, snapshot.folder.name)
         info = replace(before, uuid=uuid, domain=domain_name(before.name, uuid), **place)
-        halfway = {"before": asdict(before), "next": asdict(info), "tag": snapshot.folder.name}
-        write_text(folder.path / NEXT, json.dumps(halfway))
+        folder.begin_halfway(Halfway(before, info, snapshot.folder.name))
         failpoint("rollback.written")
         try:
             _start(sandbox, info, replace(made.prepared, template=snapshot), made.policy, programs)
@@ -136,19 +132,10 @@ def recover(folder: SessionFolder) -> str | None:
     Raises:
         HostError: the guest that has to go cannot be ended.
     """
-    path = folder.path / NEXT
-    try:
-        written = json.loads(path.read_text())
-        before, coming = SessionInfo(**written["before"]), SessionInfo(**written["next"])
-        tag = str(written["tag"])
-    except FileNotFoundError:
+    halfway = folder.halfway()
+    if halfway is None:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HostError(
-            f"the record of a rollback of session {folder.name!r} cannot be read",
-            details=f"{path}: {error}",
-            resolution=f"`vmsandbox stop {folder.name}` removes the session",
-        ) from error
+    before, coming, tag = halfway.before, halfway.coming, halfway.tag
     is_committed = folder.info().uuid == coming.uuid
     if is_committed:
         restore_known(folder, coming, tag)
@@ -156,10 +143,8 @@ def recover(folder: SessionFolder) -> str | None:
     gone = before if is_committed else coming
     end_guest(folder, gone)
     failpoint("rollback.ended")
-    for left in (folder.sockets(gone), folder.vm(gone)):
-        shutil.rmtree(left, ignore_errors=True)
-    folder.pid_file(gone).unlink(missing_ok=True)
-    path.unlink()
+    remove_guest_files(folder, gone)
+    folder.end_halfway()
     return f"its rollback to {tag} was finished" if is_committed else f"its rollback to {tag} was undone"
 
 

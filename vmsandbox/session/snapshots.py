@@ -223,16 +223,17 @@ def known_facts(folder: SessionFolder, tag: str) -> dict[str, Any]:
 
 
 def recover_snapshots(folder: SessionFolder, info: SessionInfo) -> list[str]:
-    """Undo what a process that died was doing: its files go, and a guest that it held still runs on. What was done."""
-    done = []
-    with guest_locked(folder):
-        for left in [*folder.snapshots.glob(".taking-*"), *folder.snapshots.glob(".gone-*")]:
-            shutil.rmtree(left, ignore_errors=True)
-            done.append(f"{left.name}: interrupted")
-        if done and not is_frozen(folder):
-            with closing(Host.open()) as host:
-                go_on(host, info.uuid)
-    return done
+    """Undo what a process that died was doing: its files go, and a guest that it held still runs on. What was done.
+
+    Call it under `guest_locked`. Raises HostError.
+    """
+    left = [*folder.snapshots.glob(".taking-*"), *folder.snapshots.glob(".gone-*")]
+    if left and not is_frozen(folder):
+        with closing(Host.open()) as host:
+            go_on(host, info.uuid)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return ["a snapshot that was interrupted is removed" for _ in left]
 
 
 def _refuse_impossible(folder: SessionFolder, info: SessionInfo) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from vmsandbox.errors import VmsandboxError
@@ -46,11 +47,13 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
         if _is_anothers(folder, info):
             return left  # the watcher was ending it, and somebody has used the name again since
         attempt("network", lambda: end_keeper(folder))
+        for another in _halfway(folder, info):
+            attempt("guest of a rollback", partial(end_guest, folder, another))
+            attempt("files of a rollback", partial(remove_guest_files, folder, another))
         attempt("guest", lambda: end_guest(folder, info))
         attempt("network card", lambda: _remove_card(folder, info))
-        attempt("sockets", lambda: _remove(folder.sockets(info)))
         attempt("broker's socket", lambda: _remove(folder.net))
-        attempt("guest files", lambda: _remove(folder.vm(info)))
+        attempt("guest files", lambda: remove_guest_files(folder, info))
         if not left:
             attempt("session folder", lambda: _remove(folder.path))
     finally:
@@ -63,6 +66,20 @@ def _is_anothers(folder: SessionFolder, info: SessionInfo) -> bool:
     with suppress(VmsandboxError):
         return folder.info().id != info.id
     return False
+
+
+def _halfway(folder: SessionFolder, info: SessionInfo) -> list[SessionInfo]:
+    """The other guest, where a rollback was broken off."""
+    with suppress(VmsandboxError):
+        if (halfway := folder.halfway()) is not None:
+            return [one for one in (halfway.before, halfway.coming) if one.uuid != info.uuid]
+    return []
+
+
+def remove_guest_files(folder: SessionFolder, info: SessionInfo) -> None:
+    """Remove what is one guest's own: sockets, QEMU's files, its number. Raises OSError."""
+    for path in (folder.sockets(info), folder.vm(info), folder.pid_file(info)):
+        _remove(path)
 
 
 def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
