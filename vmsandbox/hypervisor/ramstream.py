@@ -166,6 +166,8 @@ class _Stream:
             if self._end - self._start < _RECORD:
                 self._write_run()  # it points into the buffer
                 self._fill(_RECORD)
+                if self._end < 8:
+                    raise HostError("QEMU's migration stream ended early")
             word = unpack(view, self._start)[0]
             self._start += 8
             if word & _EOS:
@@ -176,6 +178,8 @@ class _Stream:
                 self._block = bytes(view[self._start + 1 : self._start + 1 + length])
                 self._start += 1 + length
             at = word & ~(PAGE - 1)
+            if self._block == self._memory and at >= self._size:
+                raise HostError("QEMU's migration stream is damaged: a page outside of the memory")
             if word & _PLAIN:
                 page = view[self._start : self._start + PAGE]
                 self._start += PAGE
@@ -200,7 +204,7 @@ class _Stream:
             self._write_run()
             self._run_at = at
         self._run.append(page)
-        self._written[at // PAGE] = 1  # an IndexError if it is outside: QEMU is at odds with its own list
+        self._written[at // PAGE] = 1
 
     def _write_run(self) -> None:
         if not self._run:
