@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
 
 def list_(json: JsonOption = False) -> int:
     """List sessions. Orphans (their process or guest is gone) are for `gc`."""
-    rows = [_row(folder) for folder in live_sessions(Layout.from_environment())]
+    layout = Layout.from_environment()
+    rows = [_row(folder) for folder in live_sessions(layout)]
+    rows += _orphan_rows(layout)
     if json:
         print_json(rows)
     elif rows:
@@ -36,7 +38,28 @@ def list_(json: JsonOption = False) -> int:
         )
     else:
         print("no sessions", file=sys.stderr)
+    for row in [] if json else rows:
+        if row["problem"]:
+            print(f"vmsandbox: {row['name']}: {row['problem']}", file=sys.stderr)
     return 0
+
+
+def _orphan_rows(layout: Layout) -> list[dict[str, Any]]:
+    """What the ledger knows of and no session has: its folder was lost, or its making was interrupted."""
+    from vmsandbox.ledger.book import Ledger, LedgerError
+    from vmsandbox.session.orphans import orphans, told
+
+    try:
+        found = orphans(layout, Ledger.of(layout).rows())
+    except LedgerError as error:
+        print(f"vmsandbox: {error.brief} ({error.details})\n  → {error.resolution}", file=sys.stderr)
+        return []
+    nothing = dict.fromkeys(("health", "grade", "network", "image", "created", "project"))
+    return [
+        {**nothing, "name": orphan.session, "state": "orphan", "id": orphan.session,
+         "problem": f"nobody owns what is left of it ({told(layout, orphan)}): `vmsandbox gc` removes it"}
+        for orphan in found
+    ]  # fmt: skip
 
 
 def _row(folder: SessionFolder) -> dict[str, Any]:
