@@ -346,6 +346,26 @@ class SessionFailed(Event):
 
 
 @dataclass(frozen=True)
+class BaselineProven(Event):
+    """After its end, image and template are as before the session, and nothing of it is on the host.
+
+    digest: of what was compared; files: of image and template.
+    """
+
+    kind: ClassVar[str] = "baseline.proven"
+    digest: str
+    files: int
+
+
+@dataclass(frozen=True)
+class BaselineDiffers(Event):
+    """After its end, something is not as it was before the session, or something of it is left."""
+
+    kind: ClassVar[str] = "baseline.differs"
+    differences: list[str]
+
+
+@dataclass(frozen=True)
 class SessionClosed(Event):
     """The guest is gone; `leftovers` names what could not be removed (empty when all went)."""
 
