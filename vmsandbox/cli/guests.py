@@ -31,8 +31,9 @@ from vmsandbox.cli.options import (
     PortsOption,
     ProjectArgument,
     VcpusOption,
+    WaitOption,
 )
-from vmsandbox.cli.output import guest_command, guest_output, make_monitor, print_json
+from vmsandbox.cli.output import guest_command, guest_output, make_monitor, patience, print_json, tell_differences
 from vmsandbox.errors import HostError, RefusedError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
@@ -70,12 +71,14 @@ def start(
     memory: MemoryOption = None,
     vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
+    wait: WaitOption = "",
     json: JsonOption = False,
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
     request = SessionRequest(
         project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
         backup=backup, allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
+        wait=patience(wait),
     )  # fmt: skip
     sandbox = open_guest(request, policy)
     sandbox.disconnect()
@@ -137,7 +140,9 @@ def stop(
     problems = []
     for one in chosen:
         try:
-            left = Sandbox.attach(one, layout=layout).close("stopped")
+            sandbox = Sandbox.attach(one, layout=layout)
+            left = sandbox.close("stopped")
+            tell_differences(sandbox.differs)
         except HostError:
             left = remove_damaged(layout, one)
         problems += [f"{one}: {item}" for item in left]

@@ -21,6 +21,7 @@ from typing import Any
 from vmsandbox.errors import ImageError
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.hypervisor.launch import Machine, disk_errors
+from vmsandbox.ledger.book import Ledger
 from vmsandbox.paths import Layout
 from vmsandbox.render import domain as domain_module
 from vmsandbox.render import seed as seed_module
@@ -130,6 +131,7 @@ class TemplateStore:
     def __init__(self, layout: Layout) -> None:
         self.folder = layout.templates
         self.run = layout.run
+        self.ledger = Ledger.of(layout)
 
     def find(self, key: str) -> Template | None:
         """The template with this key if it is there and unchanged since it was frozen.

@@ -58,6 +58,7 @@ class SessionRequest:
     learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
     accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
+    wait: seconds to wait for room on the host; None: for ever.
     """
 
     project: Path | None = None
@@ -74,6 +75,7 @@ class SessionRequest:
     memory_mib: int | None = None
     vcpus: int | None = None
     ssh_ports: int = 6
+    wait: float | None = 0
 
     @property
     def mode(self) -> NetworkMode:
