@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,10 +39,22 @@ def list_(json: JsonOption = False) -> int:
         )
     else:
         print("no sessions", file=sys.stderr)
-    for row in [] if json else rows:
-        if row["problem"]:
-            print(f"vmsandbox: {row['name']}: {row['problem']}", file=sys.stderr)
+    if not json:
+        for row in rows:
+            if row["problem"]:
+                print(f"vmsandbox: {row['name']}: {row['problem']}", file=sys.stderr)
+        _tell_promised(layout)
     return 0
+
+
+def _tell_promised(layout: Layout) -> None:
+    """Say what is reserved of the host, and who waits for room."""
+    from vmsandbox.ledger.admission import promised_text
+    from vmsandbox.ledger.book import Ledger, LedgerError
+
+    with suppress(LedgerError):
+        if text := promised_text(Ledger.of(layout)):
+            print(f"vmsandbox: {shown(text, 1000)}", file=sys.stderr)
 
 
 def _orphan_rows(layout: Layout) -> list[dict[str, Any]]:

@@ -98,6 +98,17 @@ def waiting(ledger: Ledger) -> list[str]:
     return [label for label, maker in rows if _is_alive(maker)]
 
 
+def promised_text(ledger: Ledger) -> str:
+    """What is promised to whom, and who waits, in one line; "" for nothing. Raises LedgerError."""
+    promised, queue = reservations(ledger), waiting(ledger)
+    if not promised and not queue:
+        return ""
+    memory, used = sum(one.memory for one in promised), sum(one.memory_used for one in promised)
+    text = f"{_size(memory)} of memory ({_size(used)} in use) and {_size(sum(one.disk for one in promised))} of disk "
+    text += f"are reserved by {len(promised)}"
+    return text + (f"; waiting for room: {', '.join(queue)}" if queue else "")
+
+
 @contextmanager
 def admitted(
     ledger: Ledger,
