@@ -46,7 +46,7 @@ PRIVATE_FAULTS = ("libvirtd", "full", "readonly", "restart")
 DEADLINE = 240.0  # seconds for one command, on a busy machine
 PATIENCE = 20.0  # seconds for libvirt and PID 1 to notice an end
 _SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM, "hup": signal.SIGHUP}
-POLICY = "sandbox:\n  denied_paths: [secret-{}]\n"
+POLICY = "sandbox: {{filesystem: {{tmpfs: [{{path: /mnt/{}, size: 1M}}]}}}}\n"
 
 
 @dataclass
@@ -244,7 +244,7 @@ def run_case(home: Home, scenario: Scenario, step: str, fault: str, folder: Path
     finally:
         scenario.clean(home, project)
     _check_cleaned(home, outcome, before)
-    outcome.project = _project_state(project)
+    outcome.project = project_state(project)
     if outcome.project == "mixed":
         outcome.problems.append("the project is neither old nor new")
     if after:
@@ -379,7 +379,7 @@ def _helpers(home: Home) -> list[int]:
     return [int(word[-1]) for word in words if word[-1].isdigit() and word[0] in ("session's", "keeper")]
 
 
-def _project_state(project: Path) -> str:
+def project_state(project: Path) -> str:
     """`old` or `new`, or `mixed`, which must not be."""
     names = {path.name for path in project.iterdir()} - {".claude"}
     first = (project / "file0").read_text() if "file0" in names else ""

@@ -305,6 +305,23 @@ class GuestThawed(Event):
 
 
 @dataclass(frozen=True)
+class GuestPaused(Event):
+    """QEMU has stopped the guest at a write that failed. free: bytes that the host's disk had then."""
+
+    kind: ClassVar[str] = "guest.paused"
+    reason: str
+    free: int
+
+
+@dataclass(frozen=True)
+class GuestResumed(Event):
+    """There is room again, and a guest that was paused for lack of it goes on."""
+
+    kind: ClassVar[str] = "guest.resumed"
+    free: int
+
+
+@dataclass(frozen=True)
 class LimitReached(Event):
     """A limit of the policy was met. time, idle (seconds): the session ends. output (bytes): the command was ended."""
 

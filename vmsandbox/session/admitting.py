@@ -16,6 +16,7 @@ from vmsandbox.ledger.book import Ledger
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.quotas import check_quota
 from vmsandbox.spec import NetworkMode
 
 _MIB = 1 << 20
@@ -44,6 +45,7 @@ def room_for(asked: SessionRequest, layout: Layout, host: Host, monitor: Monitor
             "waiting for room on this host" if position == 1 else f"waiting for room: {position - 1} wait before it"
         )
 
+    check_quota(layout)
     ledger = Ledger.of(layout)
     with admitted(
         ledger, owner, need_of(asked, host), lambda: Room.of(layout.live), patience=asked.wait, queued=queued

@@ -26,8 +26,10 @@ from vmsandbox.ledger.book import Ledger, LedgerError, Row
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
+from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
 from vmsandbox.session.orphans import Removed, applied_to, forget_applied, orphans, owned_guests, remove_orphan
+from vmsandbox.session.quotas import make_room, remove_old_records
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
 
@@ -35,10 +37,13 @@ UNUSED_TEMPLATE_DAYS = 30
 _LOCK = "gc.lock"
 
 
-def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) -> list[Removed]:
+def collect_garbage(
+    layout: Layout, host: Host, *, all_templates: bool = False, older_than: float | None = None
+) -> list[Removed]:
     """Remove leftovers; returns what was done.
 
-    all_templates: also remove every template that no live session uses.
+    all_templates: also remove every template that no live session uses. older_than: also the records of sessions that
+    ended so many days ago.
     """
     with _alone(layout):
         ledger = Ledger.of(layout)
@@ -64,6 +69,10 @@ def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) 
         applied = applied_to(rows or [])
         removed += [Removed("project", *part) for part in unfinished_projects(layout, applied)]
         forget_applied(layout, applied)
+        if older_than is not None:
+            removed += remove_old_records(layout, older_than)
+        removed += make_room(layout)
+        removed += _paused_guests(layout)
         failpoint("gc.done")
     return removed
 
@@ -82,6 +91,14 @@ def _alone(layout: Layout) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _paused_guests(layout: Layout) -> Iterator[Removed]:
+    """Let guests go on that were paused because the disk was full, where nobody watches over them."""
+    for folder in live_sessions(layout):
+        with suppress(VmsandboxError, OSError):
+            if free_bytes(folder) >= ENOUGH_ROOM and go_on(folder, folder.info()):
+                yield Removed("pause", folder.name, "the disk was full, and has room again: the guest goes on")
 
 
 def _by_the_ledger(layout: Layout, host: Host, ledger: Ledger, rows: list[Row]) -> Iterator[Removed]:
