@@ -224,7 +224,9 @@ def steps_of(home: Home, scenario: Scenario, folder: Path) -> list[str]:
     steps = []
     for name in notes.read_text().split():
         counts[name] += 1
-        steps.append(f"{name}#{counts[name]}")
+        # An apply has hundreds of steps: tests/unit/test_apply_faults.py tries each of them, without a guest.
+        if counts[name] == 1 or not name.startswith("apply."):
+            steps.append(f"{name}#{counts[name]}")
     return steps
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_session_folder import info_of
 
-from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.connection import Host, Running
 from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
@@ -244,3 +244,54 @@ def test_two_at_once_remove_each_thing_once(layout: Layout) -> None:
     assert [child.exitcode for child in children] == [0] * 3
     assert len(told) == len(set(told)) == 6 and not [problem for _, problem in told if problem]
     assert Ledger.of(layout).rows() == [] and list(layout.run.iterdir()) == []
+
+
+def test_a_session_between_two_guests_is_not_dead(layout: Layout, host: Host) -> None:
+    """A rollback ends the first guest, and writes down the second one before it makes it."""
+    folder, info = claimed(layout)
+    Ledger.of(layout).plan(info.id, (Kind.DOMAIN, OTHER))
+    assert removed_by(layout, host) == []
+    Ledger.of(layout).gone(info.id, (Kind.DOMAIN, OTHER))
+    assert removed_by(layout, host) == [("session", "one")]
+    assert not folder.path.exists()
+
+
+class _Starting(Host):
+    """While guests are listed, a session begins: it has its folder, then its guest."""
+
+    def __init__(self, real: Host, layout: Layout) -> None:
+        super().__init__(real.uri, real._connection)
+        self._layout = layout
+        self.destroyed: list[str] = []
+
+    def list_sessions(self, namespace: str) -> list[Running]:
+        info = info_of("new", uuid=OTHER)
+        SessionFolder(self._layout, "new").claim(info)
+        home = str(self._layout.live)
+        return [Running("vmsandbox-new-1a2b3c", OTHER, info.id, home), Running("vmsandbox-x-1a2b3c", UUID, "x", home)]
+
+    def destroy(self, uuid: str) -> bool:
+        self.destroyed.append(uuid)
+        return True
+
+
+def test_a_guest_that_begins_while_it_looks_is_left_alone(layout: Layout, host: Host) -> None:
+    starting = _Starting(host, layout)
+    assert removed_by(layout, starting) == [("guest", "vmsandbox-x-1a2b3c")]
+    assert starting.destroyed == [UUID]
+
+
+def test_a_guest_whose_record_is_damaged_is_left_for_a_person(layout: Layout, host: Host) -> None:
+    class Found(_Starting):
+        def list_sessions(self, namespace: str) -> list[Running]:
+            home = str(self._layout.live)
+            return [
+                Running("vmsandbox-one-1a2b3c", UUID, "id", home),
+                Running("vmsandbox-two-1a2b3c", OTHER, "id", home),
+            ]
+
+    folder, _ = claimed(layout)
+    (folder.path / "session.json").write_text("{")
+    found = Found(host, layout)
+    problems = [one.what for one in collect_garbage(layout, found) if one.problem]
+    assert problems == ["one"] and found.destroyed == [OTHER] and folder.path.exists()

@@ -112,7 +112,6 @@ def measure(layout: Layout) -> Usage:
     """Measure, and keep it for a while."""
     usage = usage_of(layout)
     with suppress(OSError):
-        layout.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = _file(layout).with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(asdict(usage)))
         fresh.replace(_file(layout))
@@ -172,7 +171,7 @@ def _kind(within: str, words: tuple[str, ...]) -> str:
 
 
 def _file(layout: Layout) -> Path:
-    return layout.cache / "usage.json"
+    return layout.ledger.with_name("usage.json")
 
 
 def _measured(layout: Layout) -> Usage | None:
