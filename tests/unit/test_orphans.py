@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -244,6 +245,20 @@ def test_two_at_once_remove_each_thing_once(layout: Layout) -> None:
     assert [child.exitcode for child in children] == [0] * 3
     assert len(told) == len(set(told)) == 6 and not [problem for _, problem in told if problem]
     assert Ledger.of(layout).rows() == [] and list(layout.run.iterdir()) == []
+
+
+def test_a_second_gc_waits_for_the_first(layout: Layout) -> None:
+    def work() -> None:
+        collect_garbage(layout, Host.open("test:///default"))
+
+    child = FORK.Process(target=work)
+    with layout.ledger.with_name("gc.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        child.start()
+        child.join(1)
+        assert child.exitcode is None
+    child.join(30)
+    assert child.exitcode == 0
 
 
 def test_a_session_between_two_guests_is_not_dead(layout: Layout, host: Host) -> None:

@@ -30,6 +30,7 @@ OLD = 40 * 86400
 
 @pytest.fixture
 def layout(short_home: Path) -> Layout:
+    short_home.mkdir()
     return Layout.from_environment({"VMSANDBOX_HOME": str(short_home)})
 
 

@@ -224,8 +224,6 @@ class Ledger:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         application, version = _header(connection)
         if (application, version) != (_APPLICATION, VERSION):
-            if version > VERSION:
-                raise self._newer(version)
             connection.execute("BEGIN IMMEDIATE")  # of several that make it, one does
             application, version = _header(connection)
             if (application, version) == (0, 0):
