@@ -257,6 +257,7 @@ def test_a_second_gc_waits_for_the_first(layout: Layout) -> None:
         child.start()
         child.join(1)
         assert child.exitcode is None
+        fcntl.flock(lock, fcntl.LOCK_UN)  # the child has this open file, too
     child.join(30)
     assert child.exitcode == 0
 
