@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vmsandbox import failpoints
 from vmsandbox.errors import GuestError, HostError, UserInputError
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import (
@@ -194,6 +196,23 @@ def test_teardown_ends_the_sessions_process_and_removes_no_more_than_its_own(lay
     assert qemu.wait(timeout=10) == -9
     assert not folder.path.exists() and not sockets.is_symlink()
     assert (precious / "file").read_text() == "kept"
+
+
+def test_a_name_that_is_given_back_may_be_anothers_at_once(layout: Layout) -> None:
+    """Two end one session, a third one takes its name between them."""
+    folder, first = SessionFolder(layout, "one"), info_of("one")
+    folder.claim(first)
+    second = info_of("one", uuid="99999999-2222-4333-8444-555555555555")
+
+    def meanwhile(name: str) -> None:
+        if name == "destroy.guest-files":
+            shutil.rmtree(folder.path)
+            folder.claim(second)
+
+    with failpoints.switched_on(meanwhile):
+        assert tear_down(layout, folder, first) == []
+    assert folder.info().id == second.id
+    assert [path.name for path in layout.live.iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize(

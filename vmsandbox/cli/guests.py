@@ -31,8 +31,9 @@ from vmsandbox.cli.options import (
     PortsOption,
     ProjectArgument,
     VcpusOption,
+    WaitOption,
 )
-from vmsandbox.cli.output import guest_command, guest_output, make_monitor, print_json
+from vmsandbox.cli.output import guest_command, guest_output, make_monitor, patience, print_json, tell_differences
 from vmsandbox.errors import HostError, RefusedError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
@@ -74,16 +75,17 @@ def start(
         str | None, typer.Option("--from", metavar="NAME:TAG", help="Begin as this snapshot of another session.")
     ] = None,
     snapshot: Annotated[bool, typer.Option(help="Keep its start, so that it can be rolled back to it.")] = True,
+    wait: WaitOption = "",
     json: JsonOption = False,
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
     if origin is not None:
-        request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation)
+        request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation, wait)
     else:
         request = SessionRequest(
             project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
             backup=backup, allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus,
-            ssh_ports=ssh_ports,
+            ssh_ports=ssh_ports, wait=patience(wait),
         )  # fmt: skip
     sandbox = open_guest(request, policy)
     sandbox.disconnect()
@@ -147,7 +149,9 @@ def stop(
     problems = []
     for one in chosen:
         try:
-            left = Sandbox.attach(one, layout=layout).close("stopped")
+            sandbox = Sandbox.attach(one, layout=layout)
+            left = sandbox.close("stopped")
+            tell_differences(sandbox.differs)
         except HostError:
             left = remove_damaged(layout, one)
         problems += [f"{one}: {item}" for item in left]
@@ -169,7 +173,14 @@ def keep_start(sandbox: Sandbox) -> None:
 
 
 def _forked(
-    text: str, path: Path, name: str | None, policy: Path | None, net: NetworkMode | None, learn: bool, emulation: bool
+    text: str,
+    path: Path,
+    name: str | None,
+    policy: Path | None,
+    net: NetworkMode | None,
+    learn: bool,
+    emulation: bool,
+    wait: str,
 ) -> tuple[SessionRequest, Path | None]:
     """What a session asks for that begins as another's snapshot: all that it was, but for its name and network."""
     from vmsandbox.session.folder import SessionFolder
@@ -181,7 +192,7 @@ def _forked(
     request = SessionRequest(
         project=project, name=name, image=info.image, network=net or NetworkMode(info.network), learn=learn,
         backup=False, allow_emulation=emulation, keep=True, memory_mib=info.memory_mib, vcpus=info.vcpus,
-        ssh_ports=info.ssh_ports, origin=source,
+        ssh_ports=info.ssh_ports, origin=source, wait=patience(wait),
     )  # fmt: skip
     return request, policy
 

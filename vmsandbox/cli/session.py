@@ -26,8 +26,9 @@ from vmsandbox.cli.options import (
     PortsOption,
     ProjectArgument,
     VcpusOption,
+    WaitOption,
 )
-from vmsandbox.cli.output import guest_command, print_json
+from vmsandbox.cli.output import guest_command, patience, print_json, tell_differences
 from vmsandbox.cli.showing import as_json, print_review, tell_applied, tell_commits
 from vmsandbox.errors import UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
@@ -70,6 +71,7 @@ def session(
     memory: MemoryOption = None,
     vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
+    wait: WaitOption = "",
     json: JsonOption = False,
 ) -> int:
     """Copy a project into a fresh guest, run COMMAND (or a shell) there, show what changed, throw the guest away.
@@ -79,7 +81,7 @@ def session(
     request = SessionRequest(
         project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
         accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep or rollback, memory_mib=memory,
-        vcpus=vcpus, ssh_ports=ssh_ports,
+        vcpus=vcpus, ssh_ports=ssh_ports, wait=patience(wait),
     )  # fmt: skip
     keep = request.keep
     sandbox = _standing(request, policy) if rollback else open_guest(request, policy)
@@ -228,6 +230,7 @@ def _session_report(
         "network": network,
         "record": str(SessionFolder(sandbox.layout, sandbox.name).record_folder(sandbox.info.id)),
         "leftovers": left,
+        "differs": list(sandbox.differs),
     }
 
 
@@ -238,5 +241,6 @@ def _tell_end(sandbox: Sandbox, left: list[str], keep: bool) -> None:
     else:
         end = f"the guest is gone, isolation grade was '{sandbox.info.grade}'"
     print(f"vmsandbox: {end}  ({where})", file=sys.stderr)
+    tell_differences(sandbox.differs)
     for item in left:
         print(f"vmsandbox: WARNING: not removed: {item} (`vmsandbox gc` tries again)", file=sys.stderr)

@@ -21,6 +21,7 @@ from typing import Any
 from vmsandbox.errors import ImageError
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.hypervisor.launch import Machine, create_overlay, disk_errors
+from vmsandbox.ledger.book import Ledger
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.render import domain as domain_module
@@ -140,6 +141,7 @@ class TemplateStore:
     def __init__(self, layout: Layout) -> None:
         self.folder = layout.templates
         self.run = layout.run
+        self.ledger = Ledger.of(layout)
 
     def find(self, key: str, *, thoroughly: bool = False) -> Template | None:
         """The template with this key if it is there and unchanged since it was frozen.

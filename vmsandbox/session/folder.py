@@ -1,7 +1,8 @@
 """A session's folders on the host, and who may use which port.
 
 `live/<name>/` is made before anything else of a session and removed after everything else: its existence is the
-claim on the name and the record from which `gc` cleans up after a crash. `records/<id>/` stays.
+claim on the name, and its record says what the session is and who has to end it. What of it may still be there when
+the folder is not, the ledger knows (`vmsandbox.ledger`). `records/<id>/` stays.
 
     live/<name>/session.json    what the session is made of (written before its domain exists)
     live/<name>/id_ed25519      the session's private SSH key (0600)
@@ -23,6 +24,7 @@ claim on the name and the record from which `gc` cleans up after a crash. `recor
     live/<name>/frozen          why its processors were stopped, while they are
     run/<name>-<6>/             sockets
     run/<name>.net/             the broker's socket, where QEMU's user cannot look
+    ledger.sqlite               beside live/: the ledger of all sessions
     records/<id>/events.jsonl   the journal
     records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
     records/<id>/pushed.jsonl   manifest of what was copied in
@@ -50,9 +52,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.ask import AskPort
 from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
+from vmsandbox.ledger.processes import Process, process_started
 from vmsandbox.paths import Layout, checked_session_name
 
 _NEXT = "next.json"
@@ -87,6 +91,12 @@ class SessionInfo:
     ready: bool = False
     network: str = "none"
     output_bytes: int | None = None
+
+    def is_recorded_in(self, folder: Path) -> bool:
+        """Whether a folder is this session's; one whose record cannot be read may be."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return bool(json.loads((folder / "session.json").read_text())["id"] == self.id)
+        return True
 
     @property
     def owner_is_alive(self) -> bool:
@@ -156,12 +166,16 @@ class SessionFolder:
 
     def claim(self, info: SessionInfo) -> None:
         """Take the name. Raises UserInputError if it is taken, HostError if the disk is full or read-only."""
-        staged = self.layout.live / f".{self.name}.{secrets.token_hex(4)}"
+        # Whose it is, so that `gc` leaves a claim alone that is being made at this moment.
+        me = Process.here()
+        staged = self.layout.live / f".{self.name}.{me.pid}.{me.started}.{secrets.token_hex(4)}"
         try:
             for parent in (self.layout.live, self.layout.run):
                 parent.mkdir(mode=0o711, parents=True, exist_ok=True)
             staged.mkdir(mode=0o711)
+            failpoint("claim.staged")
             _write(staged / "session.json", asdict(info))
+            failpoint("claim.written")
             # A rename to a folder that exists and is not empty fails: one of two claims wins.
             staged.rename(self.path)
         except OSError as error:
@@ -176,6 +190,7 @@ class SessionFolder:
                 details=str(error),
                 resolution="`vmsandbox gc` gives space back; `vmsandbox doctor` shows what there is",
             ) from error
+        failpoint("claim.made")
 
     def info(self) -> SessionInfo:
         """What was written down. Raises UserInputError if there is no such session."""
@@ -364,15 +379,6 @@ def guests_of(folder: SessionFolder, info: SessionInfo) -> Iterator[int]:
 def new_session_id(name: str) -> str:
     """An identifier that sorts by time: "20260102-150405-name-1a2b3c"."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{secrets.token_hex(3)}"
-
-
-def process_started(pid: int) -> int | None:
-    """A process's start time in clock ticks since boot (field 22 of /proc/PID/stat), None if it is gone."""
-    with suppress(OSError, ValueError, IndexError):
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        return None if fields[0] == "Z" else int(fields[19])
-    return None
 
 
 def _write(path: Path, value: dict[str, object]) -> None:

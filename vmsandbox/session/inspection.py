@@ -11,6 +11,9 @@ from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal
+from vmsandbox.ledger.admission import QEMU
+from vmsandbox.ledger.book import Kind, Ledger
+from vmsandbox.ledger.processes import Process
 from vmsandbox.policy.values import Policy
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.folder import SessionFolder, SessionInfo
@@ -36,6 +39,7 @@ def inspect_guest(
     check_live_xml(live_xml, ExpectedDevices.of(plan))
     pid = read_pid_file(pid_file(host.uri, plan.name))
     folder.pid_file(info).write_text(str(pid))
+    Ledger.of(folder.layout).plan(plan.session_id, (Kind.PROCESS, f"{Process.of(pid)} {QEMU}"))
     isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
     journal.append(
         events.ForkStarted(

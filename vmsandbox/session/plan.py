@@ -67,6 +67,7 @@ class SessionRequest:
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
     origin: a snapshot to begin with; the project is in it then, and `project` says only where it belongs to.
     accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
+    wait: seconds to wait for room on the host; None: for ever.
     """
 
     project: Path | None = None
@@ -83,6 +84,7 @@ class SessionRequest:
     memory_mib: int | None = None
     vcpus: int | None = None
     ssh_ports: int = 6
+    wait: float | None = 0
     origin: Origin | None = None
 
     @property

@@ -17,7 +17,8 @@ from typing import Any
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal, verified_records
-from vmsandbox.paths import Layout
+from vmsandbox.ledger.book import Ledger
+from vmsandbox.paths import LEDGER, Layout
 from vmsandbox.policy.return_rules import narrowed
 from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
@@ -40,6 +41,11 @@ class Record:
     def id(self) -> str:
         """The session's id."""
         return self.folder.name
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger of the record's installation."""
+        return Ledger.at(self.folder.parent.parent / LEDGER)
 
     @property
     def journal(self) -> Journal:

@@ -7,6 +7,7 @@ which sees its monitor close, cleans up by itself (where PID 1 reaps late it wou
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -16,6 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from vmsandbox.errors import VmsandboxError
+from vmsandbox.failpoints import failpoint
+from vmsandbox.ledger.book import Ledger
+from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.keeper import end_keeper
@@ -38,6 +42,7 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
     def attempt(what: str, step: Callable[[], None]) -> None:
         try:
             step()
+            failpoint(f"destroy.{what.replace(' ', '-')}")
         except (VmsandboxError, OSError) as error:
             left.append(f"{what}: {error}")
 
@@ -52,10 +57,12 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
             attempt("files of a rollback", partial(remove_guest_files, folder, another))
         attempt("guest", lambda: end_guest(folder, info))
         attempt("network card", lambda: _remove_card(folder, info))
-        attempt("broker's socket", lambda: _remove(folder.net))
+        attempt("broker socket", lambda: _remove(folder.net))
         attempt("guest files", lambda: remove_guest_files(folder, info))
         if not left:
-            attempt("session folder", lambda: _remove(folder.path))
+            attempt("session folder", lambda: _remove_claim(folder, info))
+        if not left:
+            Ledger.of(layout).forget(info.id)  # last: until here, what is left can be found
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return left
@@ -149,8 +156,29 @@ def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
     return False
 
 
+def _remove_claim(folder: SessionFolder, info: SessionInfo) -> None:
+    """Give the name back in one step. From then on it may be another session's, whose folder must not be touched."""
+    me = Process.here()
+    going = folder.path.with_name(f".{folder.name}.{me.pid}.{me.started}.{secrets.token_hex(4)}")
+    try:
+        folder.path.rename(going)
+    except FileNotFoundError:
+        return
+    failpoint("destroy.name-given-back")
+    if not info.is_recorded_in(going):
+        going.rename(folder.path)
+        return
+    _remove(going)
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         path.unlink()
     elif path.exists():
-        shutil.rmtree(path)
+        # Another one may be at it (`gc`, `stop`): what has gone meanwhile is no error.
+        shutil.rmtree(path, onerror=_unless_gone)
+
+
+def _unless_gone(_function: object, _path: str, raised: tuple[type, BaseException, object]) -> None:
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]

@@ -25,12 +25,13 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
 from vmsandbox.session.balloon import Balloon
+from vmsandbox.session.ending import end_session
 from vmsandbox.session.folder import SessionFolder, SessionInfo, guests_of
 from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.health import Health
 from vmsandbox.session.limits import activity_file
-from vmsandbox.session.teardown import end_guest, tear_down
+from vmsandbox.session.teardown import end_guest
 from vmsandbox.session.watching import COLLECT_SECONDS
 
 _LOOK = 1.0  # seconds between two looks, at most
@@ -155,8 +156,7 @@ class _Watch:
         if now.owner_is_alive:
             end_guest(self._folder, now)  # the rest is its owner's, who waits for the guest and hears of it so
             return
-        left = tear_down(self._layout, self._folder, now)
-        journal.append(events.SessionClosed(f"ended by its limit: {limit}", left))
+        end_session(self._layout, self._folder, now, f"ended by its limit: {limit}")
 
     def _collect(self, info: SessionInfo) -> None:
         """Fetch what changed into the record's quarantine, while that takes no longer than it may."""
