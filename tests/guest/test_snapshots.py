@@ -43,7 +43,7 @@ def snapped(cli: Cli, project: Path) -> Iterator[Guest]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(cli: Cli) -> Iterator[None]:
-    """As for all tests, but that a session which is rolled back has another guest afterwards: it has one, and no more."""
+    """As for all tests, but that a session which was rolled back has another guest: one, and no more."""
     before = kinds_of(leftovers(cli.home))
     yield
     wait_for(lambda: kinds_of(leftovers(cli.home)) <= before, timeout=20, every=0.3)
