@@ -140,6 +140,22 @@ def test_a_template_with_one_byte_changed_is_refused(other_home: Cli, guest: Gue
     refused(done, "was changed after it was made", "gc --templates")
 
 
+def test_a_byte_that_flips_under_a_session_is_told_at_its_end(other_home: Cli, guest: Guest) -> None:
+    original = guest.cli.layout.templates / guest.info.template
+    templates = other_home.home / "templates"
+    templates.unlink()
+    templates.mkdir(mode=0o711)
+    subprocess.run(["cp", "-a", "--sparse=always", original, templates], check=True)
+    other_home("start", "--empty", "--name", "flips")
+    session_id = other_home.guest("flips").info.id
+    flip_byte(templates / original.name / "initrd", 5000)
+    done = other_home("stop", "flips")
+    refused(done, "WARNING: not as it was before the session", "initrd has changed")
+    kinds = [json.loads(line)["kind"] for line in other_home("logs", session_id, "--json").stdout.splitlines()]
+    assert kinds[-2:] == ["baseline.differs", "session.closed"]
+    refused(other_home("session", "--empty", "--", "true", status=125), "was changed after it was made")
+
+
 @pytest.mark.parametrize("name", ["kernel", "initrd"])
 def test_an_image_with_one_byte_changed_is_refused(other_home: Cli, guest: Guest, name: str) -> None:
     info = guest.info
