@@ -16,7 +16,7 @@ from types import FrameType
 
 import typer
 
-from vmsandbox.cli import connect, guests, host, images, looking, network, policy, returning, session
+from vmsandbox.cli import connect, guests, host, images, looking, network, policy, returning, session, snapshots
 from vmsandbox.cli.output import split_command, wants_json
 from vmsandbox.errors import EXIT_OWN_FAILURE, HostError, VmsandboxError
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (session, guests, returning, looking, network, connect, host):
+for module in (session, guests, snapshots, returning, looking, network, connect, host):
     module.register(app)
 app.add_typer(images.app, name="image", help="Build, list, verify and remove images.")
 app.add_typer(policy.app, name="policy", help="Check, show and compare policies.")

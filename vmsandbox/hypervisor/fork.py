@@ -17,7 +17,7 @@ from vmsandbox.errors import HostError, RefusedError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.launch import Machine, choose_user, create_overlay, disk_errors, give, own_folder
+from vmsandbox.hypervisor.launch import Machine, choose_user, disk_errors, give, own_folder
 from vmsandbox.hypervisor.memory import ForkMemory, fork_memory
 from vmsandbox.hypervisor.template import ImageFiles, Template
 from vmsandbox.process import Programs
@@ -97,7 +97,7 @@ def start_fork(
     ) as memory:
         plan = plan_fork(request, memory, user)
         disk = plan.disk_chain[0].path
-        create_overlay(programs, disk, template.disk, "qcow2")
+        template.make_disk(disk, programs)
         if request.limits.disk_bytes is not None:
             os.truncate(disk, request.limits.disk_bytes)  # sparse: the part that QEMU may use has to be there
         give(disk, user)

@@ -62,6 +62,48 @@ class GuestReady(Event):
 
 
 @dataclass(frozen=True)
+class SnapshotTaken(Event):
+    """The guest's memory and disk were kept. parent: the snapshot before. pause: seconds that the guest stood still."""
+
+    kind: ClassVar[str] = "snapshot.taken"
+    tag: str
+    parent: str | None
+    bytes: int
+    pause: float
+
+
+@dataclass(frozen=True)
+class SnapshotRemoved(Event):
+    """A snapshot was deleted; `bytes` of the host's disk are free again."""
+
+    kind: ClassVar[str] = "snapshot.removed"
+    tag: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """Another guest, made of this snapshot, has taken the session's place. uuid: its own."""
+
+    kind: ClassVar[str] = "session.rolledback"
+    tag: str
+    uuid: str
+    verified: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ForkedFrom(Event):
+    """The guest began as a snapshot of another session. digest: of the snapshot's memory. project: what lies in it."""
+
+    kind: ClassVar[str] = "session.forked"
+    session: str
+    tag: str
+    digest: str
+    project: str | None
+
+
+@dataclass(frozen=True)
 class ProjectPushed(Event):
     """A project was copied in; `manifest` is the digest of the manifest kept beside the journal."""
 

@@ -264,7 +264,7 @@ def _promised(connection: sqlite3.Connection, live: Path) -> list[Reserved]:
     for session, kind, identity in connection.execute(sql, (Kind.PROCESS.value, Kind.FOLDER.value)):
         process, _, part = identity.partition(" ")
         if kind == Kind.FOLDER:
-            folders[session] = live / identity / "vm"
+            folders[session] = live / identity
         elif part == QEMU:
             with suppress(ValueError):
                 guests.setdefault(session, []).append(Process.parse(process))
@@ -279,11 +279,11 @@ def _promised(connection: sqlite3.Connection, live: Path) -> list[Reserved]:
 
 
 def _bytes_below(folder: Path | None) -> int:
-    """Bytes on disk of the files in a folder; 0 if it is not there."""
+    """Bytes on disk of what QEMU has written below a session's folder; 0 if it is not there."""
     found = 0
-    with suppress(OSError):
-        for entry in os.scandir(folder) if folder is not None else ():
-            found += entry.stat(follow_symlinks=False).st_blocks * 512
+    for path in folder.glob("vm*/*") if folder is not None else ():
+        with suppress(OSError):
+            found += path.lstat().st_blocks * 512
     return found
 
 

@@ -55,7 +55,7 @@ class DiskWatch:
             self._folder.journal(self._info.id).append(events.GuestPaused("the host's disk is full", free))
             self._say(
                 f"the host's disk is full: the guest {self._info.name} is paused, and goes on when there is room "
-                f"({ENOUGH_ROOM >> 20} MiB at {self._folder.vm}); `vmsandbox gc` may make some"
+                f"({ENOUGH_ROOM >> 20} MiB at {self._folder.path}); `vmsandbox gc` may make some"
             )
         elif self._paused and free >= ENOUGH_ROOM:
             self._paused = False

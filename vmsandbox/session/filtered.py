@@ -146,7 +146,7 @@ class Card:
                 sock.close()
 
     def _guest_runs(self) -> bool:
-        return guest_runs(self._info.uuid, self._folder.path / "qemu.pid")
+        return guest_runs(self._info.uuid, self._folder.pid_file(self._info))
 
     def _freeze(self, reason: str) -> bool:
         """Stop the guest: by libvirt, else its process. False if it is gone by itself."""
@@ -166,7 +166,7 @@ class Card:
 
     def _stop_process(self) -> None:
         with suppress(OSError, ValueError):
-            pid = int((self._folder.path / "qemu.pid").read_text())
+            pid = self._folder.qemu_pid(self._info)
             descriptor = os.pidfd_open(pid)
             try:
                 if self._guest_runs():

@@ -30,6 +30,7 @@ from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
 from vmsandbox.session.orphans import Removed, applied_to, forget_applied, orphans, owned_guests, remove_orphan
 from vmsandbox.session.quotas import make_room, remove_old_records
+from vmsandbox.session.recovery import recovered_guests
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
 
@@ -52,6 +53,7 @@ def collect_garbage(
         with suppress(LedgerError):
             rows = ledger.rows()
         removed += _dead_sessions(layout, rows or [])
+        removed += [Removed("guest", *one) for one in recovered_guests(layout)]
         failpoint("gc.sessions")
         try:
             rows = ledger.rows()
@@ -112,7 +114,7 @@ def _by_the_ledger(layout: Layout, host: Host, ledger: Ledger, rows: list[Row]) 
 def guest_is_alive(folder: SessionFolder, info: SessionInfo) -> bool:
     """Whether the session's own QEMU process runs."""
     with suppress(OSError, ValueError):
-        pid = int((folder.path / "qemu.pid").read_text())
+        pid = folder.qemu_pid(info)
         return info.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 

@@ -16,7 +16,7 @@ from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.policy.values import Policy
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.plan import Prepared
 from vmsandbox.session.sizes import refuse_grade
 
@@ -28,7 +28,7 @@ def inspect_guest(
     live_xml: str,
     folder: SessionFolder,
     journal: Journal,
-    network: str,
+    info: SessionInfo,
     policy: Policy,
 ) -> Isolation:
     """Check a paused guest and write down what it is.
@@ -38,7 +38,7 @@ def inspect_guest(
     """
     check_live_xml(live_xml, ExpectedDevices.of(plan))
     pid = read_pid_file(pid_file(host.uri, plan.name))
-    (folder.path / "qemu.pid").write_text(str(pid))
+    folder.pid_file(info).write_text(str(pid))
     Ledger.of(folder.layout).plan(plan.session_id, (Kind.PROCESS, f"{Process.of(pid)} {QEMU}"))
     isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
     journal.append(
@@ -46,7 +46,7 @@ def inspect_guest(
             image=prepared.image.name,
             image_digest=prepared.image.digest,
             template=prepared.template.key,
-            network=network,
+            network=info.network,
             vcpus=plan.shape.vcpus,
             memory_mib=plan.shape.memory_mib,
         )

@@ -61,7 +61,7 @@ class Record:
     def project(self) -> Path:
         """The folder on the host that was pushed last. Raises UserInputError if nothing was."""
         for event in reversed(self.events()):
-            if event["kind"] == "project.pushed" and "project" in event["data"]:
+            if event["kind"] in ("project.pushed", "session.forked") and event["data"].get("project"):
                 return Path(event["data"]["project"])
         raise UserInputError(
             f"nothing was copied into session {self.id}",

@@ -44,7 +44,7 @@ def renew_ledger(layout: Layout) -> Path:
                 (Kind.SOCKETS, folder.net.name),
             ]
             with suppress(OSError, ValueError):
-                qemu = Process.of(int((folder.path / "qemu.pid").read_text()))
+                qemu = Process.of(folder.qemu_pid(info))
                 things.append((Kind.PROCESS, f"{qemu} {QEMU}"))
             ledger.plan(info.id, *things)
     ledger.rows()  # made, also where there is no session

@@ -38,6 +38,7 @@ from vmsandbox.session.folder import (
 )
 from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
+from vmsandbox.session.origin import adopt, standing_on
 from vmsandbox.session.plan import SessionRequest, prepare
 from vmsandbox.session.record import Record
 from vmsandbox.session.starting import back_up, claim, get_ready, start_guest, write_opened
@@ -112,16 +113,25 @@ class Sandbox:
         host = Host.open()
         try:
             with room_for(asked, where, host, listener) as reserved_as:
-                prepared = prepare(asked, where, host, runner, listener)
-                folder, info = claim(asked, prepared, where, reserved_as)
-            sandbox = cls(where, folder, info, listener)
+                usual = prepare(asked, where, host, runner, listener)
+                with standing_on(asked.origin, usual, where, runner) as prepared:
+                    folder, info = claim(asked, prepared, where, reserved_as)
+                    sandbox = cls(where, folder, info, listener)
+                    try:
+                        write_opened(sandbox, asked.policy)
+                        keep_baseline(folder, info)
+                        backup = back_up(sandbox, asked, runner)
+                        start_guest(sandbox, host, asked, prepared, runner)
+                    except BaseException as error:
+                        sandbox._failed(error)
+                        raise
             try:
-                write_opened(sandbox, asked.policy)
-                keep_baseline(folder, info)
-                backup = back_up(sandbox, asked, runner)
-                start_guest(sandbox, host, asked, prepared, runner)
-                sandbox.project_is_open = True  # as its template was frozen
-                if asked.project is not None:
+                sandbox.project_is_open = asked.origin is None  # as its template was frozen
+                if asked.origin is not None:
+                    adopt(sandbox, asked.origin, prepared)
+                    with enforced(sandbox, asked.policy, asked.project, sandbox.info.guest_folder):
+                        pass
+                elif asked.project is not None:
                     sandbox.push(asked.project, asked.policy, runner, asked.history)
                 else:
                     with enforced(sandbox, asked.policy, None, None):

@@ -28,10 +28,12 @@ from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id
 from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.identity import give_identity
 from vmsandbox.session.inspection import inspect_guest
+from vmsandbox.session.made import keep_made
 from vmsandbox.session.networking import NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.session.record import Record
 from vmsandbox.session.sizes import disk_free_of
+from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.variables import guest_variables
 
 if TYPE_CHECKING:
@@ -59,14 +61,13 @@ def claim(
         id=session_id,
         name=name,
         uuid=uuid,
-        # the id's random end: libvirt may still be forgetting a guest of the same name
-        domain=f"{DOMAIN_PREFIX}{name}-{session_id[-6:]}",
+        domain=domain_name(name, uuid),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         owner_pid=os.getpid(),
         owner_started=process_started(os.getpid()) or 0,
         image=prepared.image.name,
         image_digest=prepared.image.digest,
-        template=prepared.template.key,
+        template=prepared.template.published_key,
         ssh_ports=prepared.shape.ssh_ports,
         memory_mib=prepared.shape.memory_mib,
         vcpus=prepared.shape.vcpus,
@@ -88,7 +89,17 @@ def claim(
     except BaseException:
         ledger.forget(info.id)
         raise
+    try:
+        keep_made(folder, prepared, asked.policy)
+    except BaseException:
+        tear_down(layout, folder, info)
+        raise
     return folder, info
+
+
+def domain_name(session: str, uuid: str) -> str:
+    """Its end is the guest's own: libvirt may still be forgetting another guest of the session, or of its name."""
+    return f"{DOMAIN_PREFIX}{session}-{uuid[-6:]}"
 
 
 def write_opened(sandbox: Sandbox, policy: Policy) -> None:
@@ -127,8 +138,8 @@ def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: P
         template=prepared.template,
         shape=prepared.shape,
         machine=prepared.machine,
-        folder=sandbox.folder.vm,
-        run_folder=sandbox.folder.run,
+        folder=sandbox.folder.vm(sandbox.info),
+        run_folder=sandbox.folder.sockets(sandbox.info),
         limits=prepared.limits,
     )
     variables = guest_variables(asked.policy, os.environ)
@@ -164,7 +175,7 @@ def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: P
 
 def _inspect(sandbox: Sandbox, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
     sandbox.isolation = inspect_guest(
-        host, prepared, plan, live_xml, sandbox.folder, sandbox.journal, sandbox.info.network, policy
+        host, prepared, plan, live_xml, sandbox.folder, sandbox.journal, sandbox.info, policy
     )
     sandbox.info = replace(sandbox.info, grade=sandbox.isolation.grade.value)
     sandbox.folder.update(sandbox.info)

@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from vmsandbox.errors import VmsandboxError
@@ -51,11 +52,13 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
         if _is_anothers(folder, info):
             return left  # the watcher was ending it, and somebody has used the name again since
         attempt("network", lambda: end_keeper(folder))
+        for another in _halfway(folder, info):
+            attempt("guest of a rollback", partial(end_guest, folder, another))
+            attempt("files of a rollback", partial(remove_guest_files, folder, another))
         attempt("guest", lambda: end_guest(folder, info))
         attempt("network card", lambda: _remove_card(folder, info))
-        attempt("sockets", lambda: _remove(folder.sockets(info)))
         attempt("broker socket", lambda: _remove(folder.net))
-        attempt("guest files", lambda: _remove(folder.vm))
+        attempt("guest files", lambda: remove_guest_files(folder, info))
         if not left:
             attempt("session folder", lambda: _remove_claim(folder, info))
         if not left:
@@ -70,6 +73,20 @@ def _is_anothers(folder: SessionFolder, info: SessionInfo) -> bool:
     with suppress(VmsandboxError):
         return folder.info().id != info.id
     return False
+
+
+def _halfway(folder: SessionFolder, info: SessionInfo) -> list[SessionInfo]:
+    """The other guest, where a rollback was broken off."""
+    with suppress(VmsandboxError):
+        if (halfway := folder.halfway()) is not None:
+            return [one for one in (halfway.before, halfway.coming) if one.uuid != info.uuid]
+    return []
+
+
+def remove_guest_files(folder: SessionFolder, info: SessionInfo) -> None:
+    """Remove what is one guest's own: sockets, QEMU's files, its number. Raises OSError."""
+    for path in (folder.sockets(info), folder.vm(info), folder.pid_file(info)):
+        _remove(path)
 
 
 def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
@@ -124,7 +141,7 @@ def _remove_card(folder: SessionFolder, info: SessionInfo) -> None:
 def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
     """True if the session's own QEMU process was there and is gone. Its UUID must be on its command line."""
     with suppress(OSError, ValueError):
-        pid = int((folder.path / "qemu.pid").read_text())
+        pid = folder.qemu_pid(info)
         descriptor = os.pidfd_open(pid)
         try:
             # Looked at after the descriptor is held: the number cannot mean another process from here on.

@@ -26,7 +26,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
 from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.ending import end_session
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder, SessionInfo, guests_of
 from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.health import Health
@@ -100,33 +100,38 @@ class _Watch:
 
     def _wait(self, info: SessionInfo) -> str | None:
         """The limit that was met; None if the session has ended by itself, or is being ended."""
-        qemu = os.pidfd_open(int((self._folder.path / "qemu.pid").read_text()))
-        try:
-            if not guest_is_alive(self._folder, info):
+        self._began = self._active = time.monotonic()
+        self._last_note = self._noted()
+        for qemu in guests_of(self._folder, info):
+            now = self._info()
+            if now is None or not guest_is_alive(self._folder, now):
                 return None
+            balloon = Balloon(now.uuid, now.memory_mib, self._reserved) if self._reserved else None
             poller = select.poll()
             poller.register(qemu, select.POLLIN)
             poller.register(self._ending, select.POLLIN)
-            balloon = Balloon(info.uuid, info.memory_mib, self._reserved) if self._reserved else None
-            began = active = time.monotonic()
-            noted = self._noted()
-            while True:
-                if poller.poll(self._pause()):
-                    return None
+            while not (ended := poller.poll(self._pause())):
                 if balloon is not None:
                     balloon.look()
-                now = time.monotonic()
-                # By the change and not by the clock, which may be set.
-                if (latest := self._noted()) != noted:
-                    noted, active = latest, now
-                if is_frozen(self._folder):
-                    active = now  # a person looks into it: nothing ends before it is thawed
-                elif self._time is not None and now - began >= self._time:
-                    return "time"
-                elif self._idle is not None and now - active >= self._idle:
-                    return "idle"
-        finally:
-            os.close(qemu)
+                if limit := self._met():
+                    return limit
+            if any(descriptor == self._ending for descriptor, _ in ended):
+                return None
+        return None
+
+    def _met(self) -> str | None:
+        """The limit that is met now."""
+        now = time.monotonic()
+        # By the change and not by the clock, which may be set.
+        if (latest := self._noted()) != self._last_note:
+            self._last_note, self._active = latest, now
+        if is_frozen(self._folder):
+            self._active = now  # a person looks into it: nothing ends before it is thawed
+        elif self._time is not None and now - self._began >= self._time:
+            return "time"
+        elif self._idle is not None and now - self._active >= self._idle:
+            return "idle"
+        return None
 
     def _pause(self) -> float | None:
         """Milliseconds until the next look; None: there is nothing to look at."""
