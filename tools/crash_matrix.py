@@ -46,6 +46,7 @@ PRIVATE_FAULTS = ("libvirtd", "full", "readonly", "restart")
 DEADLINE = 240.0  # seconds for one command, on a busy machine
 PATIENCE = 20.0  # seconds for libvirt and PID 1 to notice an end
 _SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM, "hup": signal.SIGHUP}
+_OURS = re.compile(r"-cm(?:-[a-z]+)?-[0-9a-f]{6}$|^template:")
 POLICY = "sandbox: {{filesystem: {{tmpfs: [{{path: /mnt/{}, size: 1M}}]}}}}\n"
 
 
@@ -102,8 +103,8 @@ class Home:
         return found
 
     def guests(self) -> list[int]:
-        """The QEMU processes of this home."""
-        rows = Ledger.of(self.layout).rows()
+        """The QEMU processes of the session that is tried, or of the template that is made for it."""
+        rows = [row for row in Ledger.of(self.layout).rows() if _OURS.search(row.session)]
         return [process.pid for row in rows if row.kind == "guest" for process in processes_of(row.identity)]
 
     # -- of a private home ---------------------------------------------------------------------------------

@@ -28,16 +28,16 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def home(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> crash_matrix.Home:
+def matrix(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> crash_matrix.Home:
     return crash_matrix.Home(cli.home, False, tmp_path_factory.mktemp("matrix") / "log")
 
 
 @pytest.mark.parametrize(("name", "step", "fault"), CASES)
 def test_nothing_is_left_and_the_project_is_whole(
-    home: crash_matrix.Home, guest: Guest, tmp_path: Path, name: str, step: str, fault: str
+    matrix: crash_matrix.Home, guest: Guest, tmp_path: Path, name: str, step: str, fault: str
 ) -> None:
     (scenario,) = [one for one in crash_matrix.SCENARIOS if one.name == name]
-    outcome = crash_matrix.run_case(home, scenario, step, fault, tmp_path, 0, after=(step, fault) == CASES[-1][1:])
+    outcome = crash_matrix.run_case(matrix, scenario, step, fault, tmp_path, 0, after=(step, fault) == CASES[-1][1:])
     assert outcome.good, outcome
     if fault in ("int", "term", "kill"):
         assert outcome.status == {"int": 130, "term": 143, "kill": -9}[fault]

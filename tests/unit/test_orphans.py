@@ -26,7 +26,7 @@ from vmsandbox.session.renewal import renew_ledger
 
 FORK = multiprocessing.get_context("fork")
 UUID = "11111111-2222-4333-8444-555555555555"
-OTHER = "99999999-2222-4333-8444-555555555555"
+OTHER = "99999999-2222-4333-8444-666666666666"
 
 
 @pytest.fixture
