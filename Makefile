@@ -25,7 +25,7 @@ test: check ## set everything up, then lint, types, layers, unit tests and tests
 	@echo "== tests without guests"
 	$(BIN)/python -m pytest -n 2 -m "not guest" $(PYTEST_ARGS)
 	@echo "== tests with real guests (a first run builds an image: minutes)"
-	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/python -m pytest -m guest --durations=12 $(PYTEST_ARGS)
+	VMSANDBOX_ALLOW_EMULATION=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m guest --durations=12 $(PYTEST_ARGS)
 
 unit: $(VENV)/.dev ## the tests without guests: seconds
 	$(BIN)/python -m pytest -n 2 -m "not guest" $(PYTEST_ARGS)

@@ -1,36 +1,44 @@
-"""One home, one image and one template for all guest tests; what is cheap to know when a test fails.
+"""One image and one set of templates for all guest tests; what is cheap to know when a test fails.
 
-`VMSANDBOX_TEST_HOME` (default /var/tmp/vmsandbox-test) is kept between runs: an image and two templates are in it.
+`VMSANDBOX_TEST_HOME` (default /var/tmp/vmsandbox-test) is kept between runs: an image and templates are in it. With
+`pytest -n 2` each worker has a home of its own below it, where image, templates and cache are links to the common ones:
+what a test finds on the host is its own worker's. A test marked `alone` runs while no other worker does anything.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from harness import ROOT_SERVER, Cli, Guest, RootedGuest, leftovers, make_tree, new_leftovers
+from harness import Cli, Guest, leftovers, make_tree, new_leftovers
 from netted import SECRET
+from rooted import RootedGuest, with_root
 from upstream import Upstream, serve
 
 from vmsandbox.broker.environment import make_environment
 from vmsandbox.hypervisor.console import ConsoleTail
 from vmsandbox.monitor import Monitor
-from vmsandbox.paths import resource_folder
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session import plan
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
-HOME = Path(os.environ.get("VMSANDBOX_TEST_HOME", "/var/tmp/vmsandbox-test")).absolute()
+SHARED = Path(os.environ.get("VMSANDBOX_TEST_HOME", "/var/tmp/vmsandbox-test")).absolute()
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+HOME = SHARED / WORKER
 TESTS = Path(__file__).parent
+# With two workers: the first files are one for each (an image is built and minutes go by before there is a guest), then
+# the long ones, so that none of them is begun when the other worker has nothing left to do.
+FIRST = ("test_accept", "test_image_build", "test_filtered", "test_resources", "test_commands", "test_interrupted")
 _consoles: dict[str, ConsoleTail] = {}
 
 
@@ -38,6 +46,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if TESTS in item.path.parents:
             item.add_marker(pytest.mark.guest)
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)) if TESTS in item.path.parents else -1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    """A test marked `alone` waits for the other workers' tests to end, and they wait for it."""
+    if not WORKER:
+        return (yield)
+    SHARED.mkdir(mode=0o711, parents=True, exist_ok=True)
+    alone = item.get_closest_marker("alone") is not None
+    # Through the gate one at a time: who waits there to be alone is not overtaken by those who need not be.
+    with _locked("gate", fcntl.LOCK_EX) as gate, _locked("room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
+
+
+@contextmanager
+def _locked(name: str, kind: int) -> Iterator[int]:
+    fd = os.open(SHARED / f".{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, kind)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,9 +90,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 def home() -> Path:
     """The tests' home, with the image `base` in it."""
     HOME.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if WORKER:
+        borrow(SHARED, HOME)
     if not (HOME / "images/base/current").is_symlink():
         Cli(HOME)("image", "build", "base", timeout=900)
     return HOME
+
+
+def borrow(lender: Path, borrower: Path) -> None:
+    """Give a home another one's image, templates and cache: links, which a test may replace."""
+    for name, mode in (("images", 0o755), ("templates", 0o711), ("cache", 0o755)):
+        (lender / name).mkdir(mode=mode, exist_ok=True)
+        if not (borrower / name).is_symlink():
+            (borrower / name).symlink_to(lender / name)
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +112,26 @@ def cli(home: Path) -> Cli:
     run("gc")
     run("session", "--empty", "--", "true", timeout=400)
     return run
+
+
+@pytest.fixture
+def other_home(cli: Cli) -> Iterator[Cli]:
+    """A second home that borrows the first one's image and templates; a test may replace them."""
+    folder = Path(tempfile.mkdtemp(prefix="vmsb-", dir=SHARED))
+    folder.chmod(0o711)
+    borrow(cli.home, folder)
+    yield Cli(folder)
+    left = new_leftovers(folder, set())
+    shutil.rmtree(folder)
+    assert not left
+
+
+@pytest.fixture
+def without_templates(other_home: Cli) -> Cli:
+    """A second home with the image, and no template."""
+    (other_home.home / "templates").unlink()
+    (other_home.home / "templates").mkdir(mode=0o711)
+    return other_home
 
 
 @pytest.fixture(autouse=True)
@@ -115,32 +178,16 @@ def fork(cli: Cli) -> Iterator[Callable[..., Guest]]:
         yield make
 
 
-@pytest.fixture(scope="session")
-def rooted_cloudinit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """cloudinit/ with a service in it that runs as root what the worker says."""
-    folder = Path(shutil.copytree(resource_folder("cloudinit"), tmp_path_factory.mktemp("rooted") / "cloudinit"))
-    user_data = yaml.safe_load((folder / "user-data.yaml").read_text())
-    unit = "[Service]\nExecStart=/usr/bin/python3 /usr/local/lib/test-root.py\n"
-    user_data.setdefault("write_files", []).extend(
-        [
-            {"path": "/usr/local/lib/test-root.py", "content": ROOT_SERVER},
-            {"path": "/etc/systemd/system/test-root.service", "content": unit},
-        ]
-    )
-    user_data["runcmd"].insert(0, ["systemctl", "start", "--no-block", "test-root.service"])
-    (folder / "user-data.yaml").write_text("#cloud-config\n" + yaml.safe_dump(user_data))
-    return folder
-
-
-@pytest.fixture
-def rooted(cli: Cli, rooted_cloudinit: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RootedGuest]]:
-    """Makes guests whose root is in the test's hands."""
-    monkeypatch.setattr(plan, "resource_folder", lambda _name: rooted_cloudinit)
-    with ExitStack() as stack:
+@pytest.fixture(scope="module")
+def make_rooted(cli: Cli) -> Iterator[Callable[..., RootedGuest]]:
+    """Makes guests whose root is in the tests' hands: `make_rooted(policy)`."""
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "confinement_of", with_root)
 
         def make(policy: Policy | None = None) -> RootedGuest:
-            name = f"r-{uuid.uuid4().hex[:8]}"
-            request = SessionRequest(name=name, policy=policy or Policy(), allow_emulation=True, keep=True)
+            request = SessionRequest(
+                name=f"r-{uuid.uuid4().hex[:8]}", policy=policy or Policy(), allow_emulation=True, keep=True
+            )
             sandbox = Sandbox.open(request=request, layout=cli.layout)
             sandbox.disconnect()
             guest = RootedGuest(cli, sandbox.name)

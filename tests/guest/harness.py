@@ -4,6 +4,7 @@ what is left on the host afterwards.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.sandbox import Sandbox
 
 PROGRAM = [sys.executable, "-m", "vmsandbox"]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -99,6 +102,7 @@ class Guest:
 
     cli: Cli
     name: str
+    _sandbox: Sandbox | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def folder(self) -> SessionFolder:
@@ -119,61 +123,46 @@ class Guest:
         """Run a command through `vmsandbox exec`."""
         return self.cli("exec", self.name, "--", *words, stdin=stdin, status=status, timeout=timeout)
 
+    def run(
+        self, *words: str, stdin: bytes = b"", status: int | None = 0, timeout: float = TIMEOUT
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command over a connection that is kept: `exec` is a process and a login each time."""
+        code, out, err = self.shell().run(words, stdin=stdin, timeout=timeout)
+        assert status in (None, code), f"{words}: status {code}\n{out[-2000:]!r}\n{err[-2000:]!r}"
+        return subprocess.CompletedProcess(words, code, out, err)
+
     def sh(self, script: str, *words: str, **options: Any) -> str:
-        """stdout of a shell script in the guest, stripped."""
-        return self.exec("sh", "-c", script, "sh", *words, **options).stdout.decode().strip()
+        """stdout of a shell script in the project's folder, stripped (over the connection of `run`)."""
+        folder = self.info.guest_folder or "."
+        script_in_folder = ("sh", "-c", 'cd "$0" && exec sh -c "$@"', folder, script, "sh", *words)
+        return self.run(*script_in_folder, **options).stdout.decode().strip()
 
     def journal(self) -> list[dict[str, Any]]:
         return self.folder.journal(self.info.id).read()
 
+    def shell(self) -> GuestShell:
+        """The connection of `run`."""
+        if self._sandbox is None:
+            self._sandbox = Sandbox.attach(self.name, layout=self.cli.layout)
+        return self._sandbox.shell()
+
+    def hang_up(self) -> None:
+        """End the connection of `run`; the next use makes another one."""
+        if self._sandbox is not None:
+            self._sandbox.disconnect()
+            self._sandbox = None
+
     def stop(self) -> None:
+        self.hang_up()
         self.cli("stop", self.name, status=None)
-
-
-ROOT_SERVER = """
-import json, os, socket, subprocess
-server = socket.socket(socket.AF_UNIX)
-server.bind("/run/test-root")
-os.chmod("/run/test-root", 0o666)
-server.listen(8)
-while True:
-    peer, _ = server.accept()
-    with peer, peer.makefile("rwb") as stream:
-        script = json.loads(stream.readline())
-        done = subprocess.run(["bash", "-c", script], stdin=subprocess.DEVNULL, capture_output=True)
-        answer = [done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")]
-        stream.write(json.dumps(answer).encode() + b"\\n")
-"""
-
-ROOT_CLIENT = """
-import json, socket, sys
-peer = socket.socket(socket.AF_UNIX)
-peer.connect("/run/test-root")
-stream = peer.makefile("rwb")
-stream.write(json.dumps(sys.argv[1]).encode() + b"\\n")
-stream.flush()
-sys.stdout.write(stream.readline().decode())
-"""
-
-
-@dataclass
-class RootedGuest(Guest):
-    """A guest whose template has, for tests only, a service that lets the worker act as root."""
-
-    def root(self, script: str, *, check: bool = True, timeout: float = TIMEOUT) -> str:
-        """stdout of a script that the guest's root runs."""
-        done = self.exec("python3", "-c", ROOT_CLIENT, script, timeout=timeout)
-        status, stdout, stderr = json.loads(done.stdout)
-        assert status == 0 or not check, f"{script}: status {status}: {stderr}"
-        return str(stdout).strip()
 
 
 def leftovers(home: Path) -> set[str]:
     """Everything of this installation that is alive or lies about, in words."""
     layout = Layout.from_environment({"VMSANDBOX_HOME": str(home)})
-    found = set()
-    for folder, pattern in ((layout.live, "*"), (layout.run, "*"), (layout.templates, ".making-*")):
-        found |= {f"{folder.name}/{path.name}" for path in folder.glob(pattern)}
+    found = {f"{folder.name}/{path.name}" for folder in (layout.live, layout.run) for path in folder.glob("*")}
+    # Another worker's template in the making has a maker; one that this worker's made is seen by its guest, too.
+    found |= {f"templates/{path.name}" for path in layout.templates.glob(".making-*") if not _is_held(path)}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
@@ -195,6 +184,18 @@ def leftovers(home: Path) -> set[str]:
     finally:
         host.close()
     return found
+
+
+def _is_held(making: Path) -> bool:
+    """Whether a process holds the lock of a template in the making (`making`: the folder or the lock)."""
+    try:
+        with (making if making.suffix == ".lock" else Path(f"{making}.lock")).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
 
 
 def new_leftovers(home: Path, before: set[str], patience: float = 15) -> set[str]:

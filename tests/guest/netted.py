@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness import RootedGuest
+from rooted import RootedGuest
 
+from vmsandbox.policy.values import ResourcesPolicy
+
+# One shape, and so one cold boot, for the guests that have a card and the one that has a balloon.
+BALLOONED = ResourcesPolicy(memory=512 << 20, memory_reserved=320 << 20)
 SECRET = "sk-test-7f3a91c04be2d865fe01"
 
 # In the guest: FETCH prints the status and the body, ASK what a proxy answers to a request of any shape.
@@ -55,6 +59,12 @@ with urllib.request.urlopen(sys.argv[1], timeout=40) as answer:
 """
 
 
+def reaching(*targets: str) -> str:
+    """A script for a guest that says which of these (`ADDRESS/PORT`) it connects to; all at once, in three seconds."""
+    tries = (f"(timeout 3 bash -c 'echo > /dev/tcp/{target}' 2>/dev/null && echo {target}) &" for target in targets)
+    return "\n".join((*tries, "wait"))
+
+
 def named(project: Path) -> tuple[Path, str, Path]:
     """The project, and its policy named by a person: unnamed it would get nothing of the host."""
     return project, "--policy", project / ".claude/sandbox.yaml"
@@ -62,7 +72,7 @@ def named(project: Path) -> tuple[Path, str, Path]:
 
 def fetch(guest: RootedGuest, url: str, *headers: str) -> tuple[str, str]:
     """(status or "failed", body) of a request by the worker."""
-    done = guest.exec("python3", "-c", FETCH, url, *headers)
+    done = guest.run("python3", "-c", FETCH, url, *headers)
     status, _, body = done.stdout.decode().strip().partition(" ")
     return status, body
 

@@ -116,9 +116,22 @@ def test_safe_takes_only_what_has_no_risk_and_all_what_is_not_blocked(cli: Cli, 
     assert not (repository / "link").is_symlink(), "a link out of the project is never taken"
 
 
-def test_a_review_that_is_not_the_one_and_a_project_that_moved_on(cli: Cli, repository: Path) -> None:
-    report = cli.json("session", repository, "--", "sh", "-c", "echo guest >> src/app.py; echo n > new.txt; rm old.txt")
+def test_a_review_is_looked_at_and_is_of_this_project_as_it_was(cli: Cli, repository: Path, tmp_path: Path) -> None:
+    script = "echo guest >> src/app.py; echo n > new.txt; rm old.txt; echo '<script>alert(1)</script>' >> README.md"
+    report = cli.json("session", repository, "--", "sh", "-c", script)
+    # The page holds no script and is written where asked.
+    page = tmp_path / "review.html"
+    cli("changes", report["id"], "--html", page)
+    text = page.read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text and report["changes"]["digest"] in text
+    assert os.stat(page).st_size < 200_000
+    # In a terminal a person is asked: the end of the input at the first question takes nothing.
     before = tree_of(repository)
+    words = [sys.executable, "-m", "vmsandbox", "accept", report["id"]]
+    command = ["script", "-qec", " ".join(words), "/dev/null"]
+    done = subprocess.run(command, input=b"\x04", capture_output=True, env=cli.environment, timeout=120)
+    assert done.returncode == 0 and b"nothing" in done.stdout and tree_of(repository) == before
+    # Neither another review nor a project that moved on.
     done = cli("accept", report["id"], "--all", "--digest", "0123456789abcdef", status=126)
     assert b"not what was reviewed" in done.stderr and tree_of(repository) == before
     (repository / "src/app.py").write_text("host work\n")
@@ -157,22 +170,3 @@ def test_a_running_guest_is_accepted_from_again_and_again(fork: Callable[..., Gu
     assert len(taken["commits"]["branches"]) == 1
     kinds = [event["kind"] for event in guest.journal()]
     assert kinds.count("changes.applied") == 2 and kinds.index("changes.accepted") > kinds.index("changes.reviewed")
-
-
-def test_in_a_terminal_a_person_is_asked(cli: Cli, repository: Path) -> None:
-    report = cli.json("session", repository, "--", "sh", "-c", "echo plain >> README.md; echo 'all:' > Makefile")
-    before = tree_of(repository)
-    words = [sys.executable, "-m", "vmsandbox", "accept", report["id"]]
-    command = ["script", "-qec", " ".join(words), "/dev/null"]
-    # The end of the input at the first question takes nothing.
-    done = subprocess.run(command, input=b"\x04", capture_output=True, env=cli.environment, timeout=120)
-    assert done.returncode == 0 and b"nothing" in done.stdout and tree_of(repository) == before
-
-
-def test_the_page_holds_no_script_and_is_written_where_asked(cli: Cli, repository: Path, tmp_path: Path) -> None:
-    report = cli.json("session", repository, "--", "sh", "-c", "echo '<script>alert(1)</script>' >> README.md")
-    page = tmp_path / "review.html"
-    cli("changes", report["id"], "--html", page)
-    text = page.read_text()
-    assert "<script" not in text and "&lt;script&gt;alert(1)" in text and report["changes"]["digest"] in text
-    assert os.stat(page).st_size < 200_000

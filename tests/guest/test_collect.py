@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import Cli, Guest, RootedGuest, make_tree
+from harness import Cli, Guest, make_tree
+from rooted import RootedGuest
 
 from vmsandbox.errors import GuestError
 from vmsandbox.receive.protocol import ReturnLimits
@@ -122,9 +124,14 @@ LIES = {
 }  # fmt: skip
 
 
-def test_a_hostile_sender(cli: Cli, rooted: Callable[[], RootedGuest], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def liar(make_rooted: Callable[[], RootedGuest]) -> RootedGuest:
+    return make_rooted()
+
+
+def test_a_hostile_sender(liar: RootedGuest, tmp_path: Path) -> None:
     """Guest root replaces the sender: each lie is refused, nothing of it is kept, and the host's tree stays."""
-    guest = rooted()
+    guest = liar
     root = make_tree(tmp_path / "app", {"README": "ours\n", "src/a.py": "a = 1\n"})
     with attached(guest) as sandbox:
         sandbox.push(root)
@@ -140,7 +147,7 @@ def test_a_hostile_sender(cli: Cli, rooted: Callable[[], RootedGuest], tmp_path:
         becomes(script)
         began = time.monotonic()
         with pytest.raises(GuestError) as caught:
-            collected(guest, SMALL)
+            collected(guest, replace(SMALL, stall_seconds=3) if name == "silent" else SMALL)
         error = caught.value
         assert why in error.brief, f"{name}: {error.brief} {error.details}"
         assert (error.brief + error.details.replace("\n", "")).isprintable(), name

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import tarfile
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from conftest import _watched
-from harness import Cli, RootedGuest, wait_for
+from harness import wait_for
+from rooted import RootedGuest
 from test_shell import Terminal
 
 from vmsandbox.cli.screen import MARK
-from vmsandbox.policy.values import CommandsPolicy
-from vmsandbox.render.commands import RULES, UNIT, command_files
-from vmsandbox.session import plan
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.policy.values import CommandsPolicy, Policy
+from vmsandbox.render.commands import RULES, UNIT
 from vmsandbox.session.sandbox import Sandbox
 
 SAMPLE = CommandsPolicy(
     allowed=("python", "pytest", "black", "git"),
     denied=("rm -rf /", "curl *", "wget *"),
     require_confirmation=("pip install *", "npm install *", "docker *"),
-    confirm_seconds=8,
+    confirm_seconds=6,
 )
 # Programs that the image need not have: scripts of root's, and a binary.
 PROGRAMS = """
@@ -40,37 +32,12 @@ chmod 755 /usr/local/bin/*
 REFUSED = 126
 
 
-def install(guest: RootedGuest, policy: CommandsPolicy) -> None:
-    """What a policy's message does, by hand: the files, and the units anew."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for path, mode, text in command_files(policy):
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.size, entry.mode = len(text.encode()), mode
-            archive.addfile(entry, io.BytesIO(text.encode()))
-    text = base64.b64encode(packed.getvalue()).decode()
-    guest.root(f"echo {text} | base64 -d | tar -C / -xz; systemctl daemon-reload; {PROGRAMS}")
-    # Port 0 is in use by this very command: its unit is restarted by itself when the connection ends.
-    ports = " ".join(f"vmsandbox-ssh@{number}" for number in range(1, guest.info.ssh_ports))
-    guest.root(f"systemctl restart --no-block {ports}")
-    wait_for(lambda: guest.root(f"pgrep -cf vmsandbox[-]launcher; systemctl is-active {UNIT}", check=False)
-             .endswith("\nactive"), timeout=120)  # fmt: skip
-    wait_for(lambda: guest.exec("ls", status=None).returncode == REFUSED, timeout=120)
-
-
 @pytest.fixture(scope="module")
-def ruled(cli: Cli, rooted_cloudinit: Path) -> Iterator[RootedGuest]:
+def ruled(make_rooted: Callable[[Policy], RootedGuest]) -> RootedGuest:
     """A guest with the sample policy's rules."""
-    with ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(plan, "resource_folder", lambda _name: rooted_cloudinit)
-        request = SessionRequest(name=f"c-{uuid.uuid4().hex[:8]}", allow_emulation=True, keep=True)
-        sandbox = Sandbox.open(request=request, layout=cli.layout)
-        sandbox.disconnect()
-        guest = RootedGuest(cli, sandbox.name)
-        _watched(guest, stack)
-        install(guest, SAMPLE)
-        yield guest
+    guest = make_rooted(Policy(commands=SAMPLE))
+    guest.root(PROGRAMS)
+    return guest
 
 
 def python(script: str) -> tuple[str, str, str]:
@@ -172,7 +139,8 @@ for line in sys.stdin:
         ruled.root(f"kill -9 {pid}")
         assert (tried("git --version"), tried("ls")) == (0, -13)
         # Stopped: nothing runs, until there is one again, and new connections.
-        ruled.root(f"systemd-run -q --on-active=15 systemctl start {UNIT}; systemctl stop {UNIT}")
+        ruled.root(f"systemd-run -q --on-active=8 systemctl start {UNIT}; systemctl stop {UNIT}")
+        ruled.hang_up()
         assert (tried("git --version"), tried("ls")) == (-38, -38)
         wait_for(lambda: ruled.exec("git", "--version", status=None).returncode == 0, timeout=120)
         assert tried("git --version") == -38, "without a listener it never runs anything again"
@@ -263,6 +231,7 @@ def test_a_question_in_a_raw_shell(ruled: RootedGuest) -> None:
         terminal.close()
 
 
+@pytest.mark.alone
 def test_what_an_allowed_execve_costs(ruled: RootedGuest, record_property: object) -> None:
     """fork, exec, exit, wait of a small program: at most three times as long as without the rules."""
     script = """

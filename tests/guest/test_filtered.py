@@ -21,7 +21,9 @@ from typing import Any
 
 import pytest
 from frames import ATTACK, Listener
-from harness import Cli, Guest, RootedGuest, wait_for
+from harness import Cli, Guest, wait_for
+from netted import BALLOONED
+from rooted import RootedGuest, with_root
 from upstream import ADDRESS, Upstream, serve
 
 from vmsandbox.errors import RefusedError
@@ -99,12 +101,12 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
 
 
 @pytest.fixture(scope="module")
-def make(cli: Cli, rooted_cloudinit: Path, upstream: Upstream) -> Iterator[Callable[[], RootedGuest]]:
+def make(cli: Cli, upstream: Upstream) -> Iterator[Callable[[], RootedGuest]]:
     """Makes filtered guests whose root is in the test's hands."""
     rule = NetworkRule(ALLOWED, ports=(443,), addresses=(ADDRESS,))
-    policy = Policy(network=NetworkPolicy(mode="filtered", rules=(rule,)))
+    policy = Policy(network=NetworkPolicy(mode="filtered", rules=(rule,)), resources=BALLOONED)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "resource_folder", lambda _name: rooted_cloudinit)
+        patch.setattr(plan, "confinement_of", with_root)
         patch.setenv("SSL_CERT_FILE", str(upstream.bundle))
 
         def make_one() -> RootedGuest:
@@ -164,19 +166,19 @@ def test_the_card_is_the_sessions_own_and_has_no_way_on(guest: RootedGuest) -> N
 
 
 def test_tools_that_know_no_proxy_reach_what_is_allowed_and_are_told_what_is_not(guest: RootedGuest) -> None:
-    lines = guest.exec("python3", "-c", FETCH, f"https://{ALLOWED}/echo", "https://other.test/").stdout.splitlines()
+    lines = guest.run("python3", "-c", FETCH, f"https://{ALLOWED}/echo", "https://other.test/").stdout.splitlines()
     assert lines[0] == f"GET /echo {ALLOWED}".encode()
     assert b"resolution" in lines[1] or b"not known" in lines[1]
     by_address = f"import urllib.request as u; u.urlopen(u.Request('http://{card(guest).host_address}/', " \
         "headers={'Host': 'other.test'}), timeout=20)"  # fmt: skip
-    refused = guest.exec("env", "-u", "http_proxy", "-u", "HTTP_PROXY", "python3", "-c", by_address, status=1)
+    refused = guest.run("env", "-u", "http_proxy", "-u", "HTTP_PROXY", "python3", "-c", by_address, status=1)
     assert b"403" in refused.stderr
-    assert guest.exec("git", "ls-remote", f"https://{ALLOWED}/repo.git").stdout.split()[1] == b"HEAD", "by the proxy"
+    assert guest.run("git", "ls-remote", f"https://{ALLOWED}/repo.git").stdout.split()[1] == b"HEAD", "by the proxy"
 
 
 def test_names_lead_to_the_bridge_or_nowhere(guest: RootedGuest) -> None:
     its = card(guest)
-    lines = guest.exec("python3", "-c", QUERY, its.host_address, ALLOWED, "other.test", f"a.{ALLOWED}").stdout
+    lines = guest.run("python3", "-c", QUERY, its.host_address, ALLOWED, "other.test", f"a.{ALLOWED}").stdout
     found = [line.split() for line in lines.decode().splitlines()]
     # response code 0 and the bridge's address, and no IPv6; 5: REFUSED (RFC 1035, RFC 6891)
     assert found[:2] == [[ALLOWED, "0", its.host_address, "0", "0"]] * 2
@@ -263,7 +265,13 @@ def _is_its_own(frame: bytes, its: CardPlan) -> bool:
 
 def test_another_address_or_mac_silences_only_the_guest_itself(guest: RootedGuest) -> None:
     its = card(guest)
-    try_all = f'for to in {its.host_address}/3128 192.0.2.1/80; do timeout 1 bash -c "echo > /dev/tcp/$to"; done; true'
+    try_all = " ".join(
+        f"timeout 1 bash -c 'echo > /dev/tcp/{to}' &" for to in (f"{its.host_address}/3128", "192.0.2.1/80")
+    )
+    restore = (
+        f"ip link set eth0 address {its.mac}; ip addr flush dev eth0; ip neigh flush all; "
+        f"ip addr add {its.guest_address}/30 dev eth0"
+    )
     for change in (
         "ip link set eth0 address 52:54:00:12:34:56",
         f"ip addr flush dev eth0; ip addr add {its.host_address}/30 dev eth0; ip route add 192.0.2.0/24 dev eth0",
@@ -271,15 +279,11 @@ def test_another_address_or_mac_silences_only_the_guest_itself(guest: RootedGues
         f"ip route add {its.host_address} dev eth0; ip neigh add {its.host_address} lladdr {its.bridge_mac} dev eth0",
     ):
         with Listener(its.tap) as sent, Listener(its.bridge) as passed:
-            guest.root(f"{change}; {try_all}")
+            guest.root(f"{change}; {try_all} wait; {restore}")
         forged = {where: [frame for frame in listener.frames if not _is_its_own(frame, its)]
                   for where, listener in (("sent", sent), ("passed", passed))}  # fmt: skip
         assert forged["sent"] and not forged["passed"], change
-        guest.root(
-            f"ip link set eth0 address {its.mac}; ip addr flush dev eth0; ip neigh flush all; "
-            f"ip addr add {its.guest_address}/30 dev eth0"
-        )
-    assert guest.exec("python3", "-c", FETCH, f"https://{ALLOWED}/again").stdout.startswith(b"GET /again")
+    assert guest.run("python3", "-c", FETCH, f"https://{ALLOWED}/again").stdout.startswith(b"GET /again")
 
 
 def test_nobody_else_reaches_the_broker(guest: RootedGuest) -> None:

@@ -8,7 +8,6 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,6 +154,7 @@ def test_the_clock_is_the_hosts(guest: Guest) -> None:
     assert abs(int(guest.sh("date +%s")) - time.time()) < 30
 
 
+@pytest.mark.alone
 def test_six_at_once_all_answer_and_the_same_name_twice_does_not(cli: Cli) -> None:
     names = [f"six-{number}" for number in range(6)] + ["six-0"]
     statuses: dict[int, tuple[int, bytes]] = {}
@@ -180,8 +180,8 @@ def test_six_at_once_all_answer_and_the_same_name_twice_does_not(cli: Cli) -> No
         cli("stop", *[f"six-{number}" for number in range(6)], status=None)
 
 
-def test_a_fork_leaves_its_template_and_image_as_they_were(cli: Cli, fork: Callable[..., Guest]) -> None:
-    guest = fork()
+def test_a_fork_leaves_its_template_and_image_as_they_were(cli: Cli, pair: Pair) -> None:
+    guest = pair[0]
     info = guest.info
     template = cli.layout.templates / info.template
     digests = json.loads((template / "manifest.json").read_text())["digests"]

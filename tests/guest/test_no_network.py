@@ -5,11 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Guest
+from harness import Cli, Guest
 
 from vmsandbox.errors import RefusedError
 from vmsandbox.hypervisor.connection import Host, default_uri
@@ -60,13 +59,13 @@ def test_the_guest_has_only_a_loopback(guest: Guest) -> None:
 
 
 def test_nothing_is_reached_and_the_answer_comes_at_once(guest: Guest) -> None:
-    lines = guest.exec("python3", "-c", CONNECT).stdout.decode().splitlines()
+    lines = guest.run("python3", "-c", CONNECT).stdout.decode().splitlines()
     assert len(lines) == 8
     assert all("unreachable" in line and line.endswith("at once") for line in lines), lines
 
 
 def test_names_are_not_resolved(guest: Guest) -> None:
-    guest.exec("timeout", "5", "getent", "hosts", "example.com", status=2)
+    guest.run("timeout", "5", "getent", "hosts", "example.com", status=2)
 
 
 HOTPLUGGED = {
@@ -76,9 +75,7 @@ HOTPLUGGED = {
 
 
 @pytest.mark.parametrize("device", ["interface", "rng"])
-def test_a_device_that_another_tool_plugs_in_is_refused(
-    fork: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
+def test_a_device_that_another_tool_plugs_in_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Plugged in by virsh while the guest is still paused, as a hook of libvirt's could do it."""
     done = []
 
@@ -95,10 +92,9 @@ def test_a_device_that_another_tool_plugs_in_is_refused(
         finally:
             host.close()
 
-    guest = fork()  # the layout and the template are there
     monkeypatch.setattr(inspection, "check_live_xml", plug_first)
     with pytest.raises(RefusedError) as refused:
-        Sandbox.open(request=SessionRequest(name="plugged", allow_emulation=True), layout=guest.cli.layout)
+        Sandbox.open(request=SessionRequest(name="plugged", allow_emulation=True), layout=cli.layout)
     assert done == [device]
     assert device in refused.value.brief + refused.value.details
     assert refused.value.exit_code == 126

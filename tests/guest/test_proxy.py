@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from harness import Cli, RootedGuest, wait_for
-from netted import ASK, FETCH, LISTEN, SECRET, ask, broker_of, fetch, keeper_of, lines
+from harness import Cli, wait_for
+from netted import ASK, FETCH, LISTEN, SECRET, ask, broker_of, fetch, keeper_of, lines, reaching
+from rooted import RootedGuest, with_root
 from upstream import EVENT_SECONDS, EVENTS, Upstream
 
 from vmsandbox.policy.load import load_policy
@@ -20,10 +21,10 @@ from vmsandbox.session.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")
-def net(netcli: Cli, netted_project: Path, rooted_cloudinit: Path) -> Iterator[RootedGuest]:
+def net(netcli: Cli, netted_project: Path) -> Iterator[RootedGuest]:
     """A started guest with a keeper, whose root is in the test's hands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "resource_folder", lambda _name: rooted_cloudinit)
+        patch.setattr(plan, "confinement_of", with_root)
         for name, value in netcli.env.items():
             patch.setenv(name, value)
         request = SessionRequest(name="netted", allow_emulation=True, keep=True)
@@ -56,7 +57,7 @@ def test_a_repository_is_cloned_over_https(net: RootedGuest, upstream: Upstream)
 
 
 def test_events_arrive_as_they_are_sent(net: RootedGuest, upstream: Upstream) -> None:
-    done = net.exec("python3", "-c", LISTEN, f"https://api.test:{upstream.port}/events")
+    done = net.run("python3", "-c", LISTEN, f"https://api.test:{upstream.port}/events")
     at = [float(line) for line in done.stdout.split()]
     assert len(at) == EVENTS
     gaps = [later - earlier for earlier, later in pairwise(at)]
@@ -80,7 +81,7 @@ def test_many_refusals_of_a_kind_are_few_records(net: RootedGuest) -> None:
     def count() -> int:
         return sum(entry["data"].get("host") == "loud.test" for entry in net.journal())
 
-    net.exec(
+    net.run(
         "python3", "-c", ASK, json.dumps([["GET http://loud.test/ HTTP/1.1\r\nHost: loud.test\r\n\r\n", None, ""]] * 30)
     )
     wait_for(lambda: sum(int(line["more"].get("count", 1)) for line in lines(net) if line["host"] == "loud.test") == 30)
@@ -132,9 +133,7 @@ def test_guest_root_finds_no_other_way(net: RootedGuest, upstream: Upstream) -> 
 
 def test_guest_root_gains_nothing_from_what_it_can_change(net: RootedGuest) -> None:
     net.root("nft flush ruleset 2>/dev/null; ip route add default dev lo 2>/dev/null; true")
-    for address in ("192.0.2.1", "127.0.0.77"):
-        net.root(f"! timeout 5 bash -c 'echo > /dev/tcp/{address}/80' 2>/dev/null")
-    net.root("! timeout 5 bash -c 'echo > /dev/tcp/2001:db8::1/80' 2>/dev/null")
+    assert net.root(reaching("192.0.2.1/80", "127.0.0.77/80", "2001:db8::1/80")) == ""
     net.root("ip route del default dev lo 2>/dev/null; true")
 
 
@@ -219,5 +218,5 @@ def lost(guest: RootedGuest) -> int:
 
 
 def fetch_quietly(guest: RootedGuest, url: str) -> str:
-    done = guest.exec("python3", "-c", FETCH, url, status=None)
+    done = guest.run("python3", "-c", FETCH, url, status=None)
     return done.stdout.decode().partition(" ")[0]

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import Cli, RootedGuest, ended, wait_for
+from harness import Cli, Guest, ended, wait_for
 from netted import FETCH, broker_of, fetch, keeper_of, named, row
+from rooted import RootedGuest
 from upstream import Upstream
 
 from vmsandbox.session.keeper import keeper_is_alive
@@ -147,20 +148,15 @@ def test_an_alert_freezes_where_the_policy_says_so(netcli: Cli, upstream: Upstre
     assert upstream.of("/leak") == []
 
 
-def test_none_has_nothing_of_it(cli: Cli, tmp_path: Path) -> None:
-    guest = RootedGuest(cli, cli("start", "--empty", "--name", "plain").stdout.decode().strip())
-    try:
-        assert guest.sh("env | grep -ci -e proxy -e _ca -e cert; true") == "0"
-        assert guest.sh("ls /etc/pip.conf /etc/npmrc /usr/local/share/ca-certificates/* ~/.aws 2>/dev/null; true") == ""
-        config = tmp_path / "config"
-        config.write_bytes(cli("ssh-config", "plain").stdout)
-        forward = ["ssh", "-F", str(config), "-o", "ExitOnForwardFailure=yes", "-R", "127.0.0.1:3128:127.0.0.1:9"]
-        done = subprocess.run(
-            [*forward, "vmsandbox-plain", "true"], capture_output=True, timeout=60, env=cli.environment
-        )
-        assert done.returncode == 255
-    finally:
-        guest.stop()
+def test_none_has_nothing_of_it(guest: Guest, tmp_path: Path) -> None:
+    assert guest.sh("env | grep -ci -e proxy -e _ca -e cert; true") == "0"
+    assert guest.sh("ls /etc/pip.conf /etc/npmrc /usr/local/share/ca-certificates/* ~/.aws 2>/dev/null; true") == ""
+    config = tmp_path / "config"
+    config.write_bytes(guest.cli("ssh-config", guest.name).stdout)
+    forward = ["ssh", "-F", str(config), "-o", "ExitOnForwardFailure=yes", "-R", "127.0.0.1:3128:127.0.0.1:9"]
+    command = [*forward, f"vmsandbox-{guest.name}", "true"]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=guest.cli.environment)
+    assert done.returncode == 255
 
 
 def test_a_policy_without_a_network_is_not_overruled(cli: Cli, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The bombs run in one guest, its root included, while another one is timed.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -15,12 +16,13 @@ from typing import Any
 
 import pytest
 from harness import Cli, Guest, make_tree, wait_for
+from netted import BALLOONED
 
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.guest.ssh import GuestShell
-from vmsandbox.hypervisor.connection import Host
-from vmsandbox.policy.values import Policy, ResourcesPolicy, SessionPolicy
+from vmsandbox.hypervisor.connection import Host, default_uri
+from vmsandbox.policy.values import NetworkPolicy, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.session import starting
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon
@@ -104,6 +106,7 @@ def test_output_ends_at_its_limit_and_the_guest_goes_on(bounded: Guest) -> None:
     assert len(bounded.exec("head", "-c", str(OUTPUT), "/dev/zero").stdout) == OUTPUT, "up to the limit is no offence"
 
 
+@pytest.mark.alone
 def test_writing_is_slower_than_without_the_limit(bounded: Guest, guest: Guest) -> None:
     def seconds(where: Guest) -> float:
         script = "import os,time;b=b'x'*(1<<20);f=os.open('rate',os.O_CREAT|os.O_WRONLY);t=time.monotonic()\n"
@@ -190,8 +193,8 @@ def test_an_idle_guest_ends_and_one_that_is_used_does_not(cli: Cli, tmp_path: Pa
     cli("start", project, "--policy", policy, "--name", "idler")
     idler = cli.guest("idler")
     # Each line of output is activity, and so is each command.
-    idler.sh("for i in 1 2 3 4; do echo $i; sleep 2; done; echo kept > kept")
-    idler.sh("true")
+    idler.exec("sh", "-c", "for i in 1 2 3; do echo $i; sleep 2; done; echo kept > kept")
+    idler.exec("true")
     began = time.monotonic()
     quiet = cli("exec", "idler", "--", "sleep", "600", status=124)
     assert 4 < time.monotonic() - began < 60
@@ -207,22 +210,14 @@ def test_an_idle_guest_ends_and_one_that_is_used_does_not(cli: Cli, tmp_path: Pa
 
 # In this order: the last ones may take the guest with them.
 ROOT_BOMBS = {
-    "console": "timeout 8 sh -c 'tr \"\\\\0\" x < /dev/zero > /dev/ttyS0'; echo done",
-    "log": "timeout 8 sh -c 'yes flood | logger -t flood'; echo done",
+    "console": "timeout 5 sh -c 'tr \"\\\\0\" x < /dev/zero > /dev/ttyS0'; echo done",
+    "log": "timeout 5 sh -c 'yes flood | logger -t flood'; echo done",
     "memory": "timeout -s KILL 15 python3 -c 'a = []\nwhile True: a.append(b\"x\" * 10_000_000)'; echo done",
     # By its root: the disk itself is written all over, then a file grows where the ballast was.
     "disk": "dd if=/dev/zero of=/dev/vda bs=1M seek=2000 count=300 oflag=direct conv=notrunc 2>&1; "
     "rm -f /var/lib/vmsandbox-ballast; dd if=/dev/zero of=/junk bs=1M count=50 conv=fsync 2>&1; echo done",
-    "forks": "timeout -s KILL 10 bash -c 'bomb() { bomb | bomb & }; bomb; sleep 60'; echo done",
+    "forks": "timeout -s KILL 6 bash -c 'bomb() { bomb | bomb & }; bomb; sleep 60'; echo done",
 }
-
-
-@pytest.fixture(scope="module")
-def other(cli: Cli) -> Iterator[Guest]:
-    """The second session, which has to keep working."""
-    cli("start", "--empty", "--name", "bystander")
-    yield cli.guest("bystander")
-    cli("stop", "bystander")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +261,8 @@ def test_a_full_disk_is_an_error_of_the_guests_own(bomber: Guest) -> None:
 
 
 @pytest.mark.parametrize("kind", ROOT_BOMBS)
-def test_a_bomb_hurts_its_own_guest_alone(bomber: Guest, other: Guest, kind: str) -> None:
+def test_a_bomb_hurts_its_own_guest_alone(bomber: Guest, guest: Guest, kind: str) -> None:
+    """The other guest has to keep working."""
     answer: list[str] = []
 
     def explode() -> None:
@@ -280,7 +276,7 @@ def test_a_bomb_hurts_its_own_guest_alone(bomber: Guest, other: Guest, kind: str
     times, resident = [], 0
     while thread.is_alive():
         began = time.monotonic()
-        assert other.sh("echo alive", timeout=PATIENCE) == "alive"
+        assert guest.exec("echo", "alive", timeout=PATIENCE).stdout == b"alive\n"
         times.append(time.monotonic() - began)
         resident = max(resident, memory_of(bomber.qemu))
         size, taken = overlay(bomber)
@@ -305,27 +301,13 @@ def memory_of(pid: int) -> int:
     return 0
 
 
-def test_the_hosts_output_of_a_flood_is_not_kept(other: Guest) -> None:
-    """No limit is set: what nobody reads is not written, and this process holds no more than a window of it."""
-    process = other.cli.start("exec", other.name, "--", "cat", "/dev/zero")
-    try:
-        time.sleep(5)
-        first = memory_of(process.pid)
-        assert process.stdout is not None
-        read = sum(len(process.stdout.read(MIB)) for _ in range(20))
-        assert read == 20 * MIB and memory_of(process.pid) < first + 16 * MIB
-    finally:
-        process.kill()
-        process.communicate()
-
-
 # -- ballooning --------------------------------------------------------------------------------------------
 
 
 def test_a_balloon_takes_and_gives_back(cli: Cli, tmp_path: Path) -> None:
-    resources = ResourcesPolicy(memory=512 * MIB, memory_reserved=320 * MIB)
-    name = f"b-{uuid.uuid4().hex[:6]}"
-    request = SessionRequest(name=name, policy=Policy(resources=resources), allow_emulation=True, keep=True)
+    mode = "filtered" if os.geteuid() == 0 and default_uri() == "qemu:///system" else None
+    policy = Policy(resources=BALLOONED, network=NetworkPolicy(mode=mode))
+    request = SessionRequest(name=f"b-{uuid.uuid4().hex[:6]}", policy=policy, allow_emulation=True, keep=True)
     sandbox = Sandbox.open(request=request, layout=cli.layout)
     host = Host.open()
     try:

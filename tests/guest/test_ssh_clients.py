@@ -53,7 +53,7 @@ def test_scp_and_rsync_both_ways(clients: Clients, tmp_path: Path) -> None:
         clients(program, *options, f"{there}/" if program == "rsync" else there, str(back))
         for name in files:
             assert (back / name).read_bytes() == (tree / name).read_bytes(), (program, name)
-        clients.guest.exec("rm", "-rf", f"/home/claude-worker/{program}-copy")
+        clients.guest.run("rm", "-rf", f"/home/claude-worker/{program}-copy")
 
 
 def test_another_host_key_is_refused(clients: Clients, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_without_its_folder_a_sessions_guest_processes_and_sockets_are_found(
             (Kind.PROCESS, f"{dataclasses.replace(Process.of(stranger.pid), started=1)} watcher"),
         )
     )
-    folder.pid_file(info).write_text(str(qemu.pid))
+    folder.pid_file(folder.info()).write_text(str(qemu.pid))
     assert removed_by(layout, host) == [], "it lives"
     sockets = folder.sockets(info)
     for path in folder.path.iterdir():
@@ -138,7 +138,7 @@ def test_another_session_of_the_same_name_keeps_all_of_its_own(layout: Layout, h
     try:
         while not Path(f"/proc/{qemu.pid}/cmdline").read_bytes():
             time.sleep(0.01)
-        folder.pid_file(second).write_text(str(qemu.pid))
+        folder.pid_file(folder.info()).write_text(str(qemu.pid))
         assert removed_by(layout, host) == [("sockets", f"{first.id}: {folder.sockets(first).name}")]
         assert folder.info().id == second.id and folder.sockets(second).is_dir() and qemu.poll() is None
         assert {row.session for row in Ledger.of(layout).rows()} == {second.id}
@@ -170,7 +170,7 @@ def test_a_guest_that_a_killed_rollback_left_beside_the_sessions_own_is_ended(
 ) -> None:
     folder, info = claimed(layout)
     own, second = process("qemu-test", info.uuid), process("qemu-test", OTHER)
-    folder.pid_file(info).write_text(str(own.pid))
+    folder.pid_file(folder.info()).write_text(str(own.pid))
     Ledger.of(layout).plan(info.id, (Kind.DOMAIN, OTHER))
     assert removed_by(layout, host) == [], "it is being made"
     by_another(lambda: Ledger.of(layout).plan(info.id, (Kind.DOMAIN, OTHER)))

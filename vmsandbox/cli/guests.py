@@ -71,16 +71,16 @@ def start(
     memory: MemoryOption = None,
     vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
-    wait: WaitOption = "",
     origin: Annotated[
         str | None, typer.Option("--from", metavar="NAME:TAG", help="Begin as this snapshot of another session.")
     ] = None,
     snapshot: Annotated[bool, typer.Option(help="Keep its start, so that it can be rolled back to it.")] = True,
+    wait: WaitOption = "",
     json: JsonOption = False,
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
     if origin is not None:
-        request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation)
+        request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation, wait)
     else:
         request = SessionRequest(
             project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
@@ -173,7 +173,14 @@ def keep_start(sandbox: Sandbox) -> None:
 
 
 def _forked(
-    text: str, path: Path, name: str | None, policy: Path | None, net: NetworkMode | None, learn: bool, emulation: bool
+    text: str,
+    path: Path,
+    name: str | None,
+    policy: Path | None,
+    net: NetworkMode | None,
+    learn: bool,
+    emulation: bool,
+    wait: str,
 ) -> tuple[SessionRequest, Path | None]:
     """What a session asks for that begins as another's snapshot: all that it was, but for its name and network."""
     from vmsandbox.session.folder import SessionFolder
@@ -185,7 +192,7 @@ def _forked(
     request = SessionRequest(
         project=project, name=name, image=info.image, network=net or NetworkMode(info.network), learn=learn,
         backup=False, allow_emulation=emulation, keep=True, memory_mib=info.memory_mib, vcpus=info.vcpus,
-        ssh_ports=info.ssh_ports, origin=source,
+        ssh_ports=info.ssh_ports, origin=source, wait=patience(wait),
     )  # fmt: skip
     return request, policy
 

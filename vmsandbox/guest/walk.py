@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vmsandbox.errors import UserInputError
+from vmsandbox.guest.walk_errors import changed, mib, os_errors, too_large, unreadable
 from vmsandbox.policy.denied import DeniedPaths
 from vmsandbox.policy.gitignore import IgnoreFile, is_ignored, read_ignore_file, rules_above
 from vmsandbox.policy.gitrepo import find_repository, tracked_files
@@ -107,7 +106,7 @@ def walk_project(root: Path, policy: Policy, *, limits: Limits | None = None, pr
             passed.
         RefusedError: the project lies in a path that the policy denies.
     """
-    with _os_errors(os.fspath(root)):
+    with os_errors(os.fspath(root)):
         real = root.resolve(strict=True)
         fd = os.open(real, OPEN_FOLDER)
     walk = Walk(real, limits or Limits())
@@ -146,7 +145,7 @@ class _Walker:
         """Look through one open folder. `prefix`: its path with a slash, "" for the root. `ignored`:
         git's verdict.
         """
-        with _os_errors(self._place(prefix)), os.scandir(fd) as listing:
+        with os_errors(self._place(prefix)), os.scandir(fd) as listing:
             found = sorted(listing, key=lambda one: one.name)
         if any(one.name == ".gitignore" for one in found):
             content = read_ignore_file(".gitignore", fd, prefix + ".gitignore")
@@ -171,18 +170,12 @@ class _Walker:
     def _check(self) -> None:
         """Raise for what was found unreadable or too large, now that all of it is known."""
         if self._unreadable:
-            names = [shown(path) for path in self._unreadable]
-            more = f"\nand {len(names) - 10} more" if len(names) > 10 else ""
-            raise UserInputError(
-                f"cannot be read: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-                details="\n".join(names[:10]) + more,
-                resolution="make it readable, or keep it out with .gitignore or filesystem.denied_paths",
-            )
+            raise unreadable(self._unreadable)
         largest = max((entry.size for entry in self._walk.entries), default=0)
         if largest > self._limits.file_bytes:
-            raise self._too_much(f"a file larger than {_mib(self._limits.file_bytes)}")
+            raise self._too_much(f"a file larger than {mib(self._limits.file_bytes)}")
         if self._walk.total_bytes > self._limits.total_bytes:
-            raise self._too_much(f"{_mib(self._walk.total_bytes)}; at most {_mib(self._limits.total_bytes)} are sent")
+            raise self._too_much(f"{mib(self._walk.total_bytes)}; at most {mib(self._limits.total_bytes)} are sent")
 
     def _withhold(self, path: str, reason: Reason, folder: bool = False, detail: str = "") -> None:
         self._walk.withheld.append(Withheld(path, reason, folder, detail))
@@ -214,7 +207,7 @@ class _Walker:
             self._unreadable.append(path)
             return
         except OSError as error:
-            raise _changed(path, error) from error
+            raise changed(path, error) from error
         try:
             status = os.fstat(fd)
             self._count()
@@ -232,7 +225,7 @@ class _Walker:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _changed(path, error) from error
+            raise changed(path, error) from error
         mtime = int(status.st_mtime)
         if form == stat.S_IFREG:
             if self._ask_access and not os.access(one.name, os.R_OK, dir_fd=parent):
@@ -257,22 +250,8 @@ class _Walker:
         return prefix.rstrip("/") or self._root
 
     def _too_much(self, what: str) -> UserInputError:
-        files = sorted((e for e in self._walk.entries if e.kind == "file"), key=lambda e: -e.size)[:5]
-        size: Counter[str] = Counter()
-        count: Counter[str] = Counter()
-        for entry in self._walk.entries:
-            top, slash, _ = entry.path.partition("/")
-            size[top + slash] += entry.size
-            count[top + slash] += 1
-        rows = [f"{_mib(e.size):>12}  {shown(e.path, 120)}" for e in files]
-        rows += [f"{_mib(n):>12}  {shown(top, 120)} (in all)" for top, n in size.most_common(5)]
-        rows += [f"{n:>6} names  {shown(top, 120)}" for top, n in count.most_common(3)]
-        return UserInputError(
-            f"the project is too large to send: {what}",
-            details="\n".join(rows),
-            resolution="keep what is not needed out with .gitignore or filesystem.denied_paths, "
-            "or choose a folder further in",
-        )
+        sizes = ((entry.path, entry.kind == "file", entry.size) for entry in self._walk.entries)
+        return too_large(what, sizes)
 
 
 _FORMS = {
@@ -293,26 +272,3 @@ def _folders_of(paths: frozenset[str]) -> set[str]:
             folders.add(path)
             path = path.rpartition("/")[0]
     return folders
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
-
-
-def _changed(path: str, error: OSError) -> UserInputError:
-    return UserInputError(
-        f"changed while it was being read: {shown(path)}",
-        details=str(error),
-        resolution="stop what writes to the project, and try again",
-    )
-
-
-@contextmanager
-def _os_errors(place: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserInputError(
-            f"cannot be read: {shown(place)}", details=reason, resolution="name a folder that can be read"
-        ) from error

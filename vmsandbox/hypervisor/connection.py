@@ -241,10 +241,7 @@ class Host:
         Raises:
             HostError: QEMU refused it.
         """
-        request: dict[str, Any] = {"execute": command}
-        if arguments:
-            request["arguments"] = arguments
-        text = json.dumps(request)
+        text = json.dumps({"execute": command, **({"arguments": arguments} if arguments else {})})
         domain = self._call("finding the guest", lambda: self._lookup(uuid))
         if fd >= 0:
             answer = self._call(

@@ -1,20 +1,47 @@
-"""The typed events of a session. Every adapter emits these; nothing else is written to a journal."""
+"""The typed events of a session. Every adapter emits these; nothing else is written to a journal.
+
+Those of the network and of the way back have modules of their own; all are imported from here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
+from vmsandbox.journal.event import Event
+from vmsandbox.journal.events_egress import (
+    EgressAlert,
+    EgressBroken,
+    EgressClosed,
+    EgressOpened,
+    EgressRefused,
+)
+from vmsandbox.journal.events_return import (
+    ChangesAccepted,
+    ChangesApplied,
+    ChangesReviewed,
+    CommitsReturned,
+    ReturnReceived,
+    ReturnRefused,
+    ReturnRulesKept,
+)
 
-@dataclass(frozen=True)
-class Event:
-    """Base of all events. `kind` is the stable name in the file; the fields are the record's `data`."""
-
-    kind: ClassVar[str] = "event"
-
-    def data(self) -> dict[str, object]:
-        """The event's fields as JSON-ready values."""
-        return asdict(self)
+# What is imported here to be had from here, beside what is defined here.
+__all__ = [
+    "ChangesAccepted",
+    "ChangesApplied",
+    "ChangesReviewed",
+    "CommitsReturned",
+    "EgressAlert",
+    "EgressBroken",
+    "EgressClosed",
+    "EgressOpened",
+    "EgressRefused",
+    "Event",
+    "ReturnReceived",
+    "ReturnRefused",
+    "ReturnRulesKept",
+]
 
 
 @dataclass(frozen=True)
@@ -189,148 +216,6 @@ class CommandDenied(Event):
 
 
 @dataclass(frozen=True)
-class ReturnReceived(Event):
-    """The guest's tree lies in quarantine. `manifest`: its digest. `files`, `bytes`: of what is not as it was pushed.
-
-    refused: what did not come back. confined: what held the receiver ("user", "landlock", "seccomp").
-    """
-
-    kind: ClassVar[str] = "return.received"
-    manifest: str
-    files: int
-    bytes: int
-    transferred: int
-    refused: list[str]
-    confined: list[str]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ReturnRefused(Event):
-    """What the guest sent back was not acceptable, or could not be kept; nothing of it is left."""
-
-    kind: ClassVar[str] = "return.refused"
-    brief: str
-    details: str
-
-
-@dataclass(frozen=True)
-class ReturnRulesKept(Event):
-    """What the policy lets come back, from now on (`sandbox.return`). `digest`: of the rules in the record."""
-
-    kind: ClassVar[str] = "return.rules"
-    accept: str | None
-    denied_paths: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class ChangesReviewed(Event):
-    """What came back was classified. `digest` is of the returned tree's manifest: what an approval names."""
-
-    kind: ClassVar[str] = "changes.reviewed"
-    digest: str
-    changes: int
-    risks: list[str]
-
-
-@dataclass(frozen=True)
-class ChangesAccepted(Event):
-    """A person, or an option that a person gave, accepted part of the review with this digest (first 100 paths)."""
-
-    kind: ClassVar[str] = "changes.accepted"
-    digest: str
-    by: str
-    operations: int
-    paths: list[str]
-
-
-@dataclass(frozen=True)
-class ChangesApplied(Event):
-    """All that was accepted lies in the project now."""
-
-    kind: ClassVar[str] = "changes.applied"
-    digest: str
-    operations: int
-
-
-@dataclass(frozen=True)
-class CommitsReturned(Event):
-    """The guest's commits are in the project's repository, below refs/vmsandbox; what was not taken, and why."""
-
-    kind: ClassVar[str] = "commits.returned"
-    refs: list[str]
-    skipped: list[str]
-
-
-@dataclass(frozen=True)
-class EgressOpened(Event):
-    """The guest's way to the session's broker stands. `policy`: SHA-256 of the compiled policy, canonical JSON.
-
-    secrets: names alone. hosts: the patterns that are allowed.
-    """
-
-    kind: ClassVar[str] = "egress.opened"
-    mode: str
-    policy: str
-    learn: bool
-    hosts: list[str]
-    secrets: list[str]
-
-
-@dataclass(frozen=True)
-class EgressRefused(Event):
-    """Requests that the broker refused, `times` since this was last written. All of it but `rule` is untrusted."""
-
-    kind: ClassVar[str] = "egress.refused"
-    host: str
-    port: int
-    method: str
-    path: str
-    rule: str
-    reason: str
-    remedy: str
-    times: int
-
-
-@dataclass(frozen=True)
-class EgressAlert(Event):
-    """Something left, or was about to leave, that never should: a canary, a secret, a placeholder at the wrong host."""
-
-    kind: ClassVar[str] = "egress.alert"
-    host: str
-    port: int
-    rule: str
-    reason: str
-    what: str
-    where: str
-
-
-@dataclass(frozen=True)
-class EgressBroken(Event):
-    """The broker, or the way to it, is gone before the session's end: the guest reaches nothing any more."""
-
-    kind: ClassVar[str] = "egress.broken"
-    reason: str
-    details: str
-
-
-@dataclass(frozen=True)
-class EgressClosed(Event):
-    """The end of a guest's network: totals of the requests, and how many events were too many to be kept."""
-
-    kind: ClassVar[str] = "egress.closed"
-    allowed: int
-    refused: int
-    alerts: int
-    packages: int
-    sent: int
-    received: int
-    hosts: list[str]
-    unkept: int
-
-
-@dataclass(frozen=True)
 class GuestFrozen(Event):
     """The guest's processors were stopped: by a person, or by the broker's alarm."""
 
@@ -406,7 +291,7 @@ class SessionFailed(Event):
 
 @dataclass(frozen=True)
 class BaselineProven(Event):
-    """After its end, image and template are as before the session, and nothing of it is on the host.
+    """Image and template are as before the session; what the host has of it is, too: nothing after its end.
 
     digest: of what was compared; files: of image and template.
     """
@@ -418,7 +303,7 @@ class BaselineProven(Event):
 
 @dataclass(frozen=True)
 class BaselineDiffers(Event):
-    """After its end, something is not as it was before the session, or something of it is left."""
+    """Something is not as it was before the session (or its rollback), or something of it is left."""
 
     kind: ClassVar[str] = "baseline.differs"
     differences: list[str]

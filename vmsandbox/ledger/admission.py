@@ -279,9 +279,9 @@ def _promised(connection: sqlite3.Connection, live: Path) -> list[Reserved]:
 
 
 def _bytes_below(folder: Path | None) -> int:
-    """Bytes on disk of what QEMU has written below a session's folder; 0 if it is not there."""
+    """Bytes on disk of the files that QEMU has in a session's folder; 0 if it is not there."""
     found = 0
-    for path in folder.glob("vm*/*") if folder is not None else ():
+    for path in folder.glob("vm-*/*") if folder is not None else ():
         with suppress(OSError):
             found += path.lstat().st_blocks * 512
     return found

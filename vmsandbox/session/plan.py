@@ -84,8 +84,8 @@ class SessionRequest:
     memory_mib: int | None = None
     vcpus: int | None = None
     ssh_ports: int = 6
-    origin: Origin | None = None
     wait: float | None = 0
+    origin: Origin | None = None
 
     @property
     def mode(self) -> NetworkMode:

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmsandbox.errors import UserInputError
+from vmsandbox.errors import HostError, UserInputError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
@@ -25,6 +25,7 @@ from vmsandbox.ledger.book import Kind, Ledger, Thing
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
 from vmsandbox.session.folder import Halfway, SessionFolder, SessionInfo
 from vmsandbox.session.identity import go_on_as
 from vmsandbox.session.inspection import inspect_guest
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
 
 _LOGIN_SECONDS = 30
+_PROOF_SECONDS = 15.0
 
 
 def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thoroughly: bool = False) -> float:
@@ -63,11 +65,12 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         _refuse_owned(before)
         snapshot = snapshot_of(folder, before, tag, thoroughly=thoroughly)
         made = made_of(folder, programs, thoroughly=thoroughly)
+        proof = _Proof(folder, before) if thoroughly else None
         uuid = str(uuids.uuid4())
         place = known_facts(folder, snapshot.folder.name)
         info = replace(before, uuid=uuid, domain=domain_name(before.name, uuid), **place)
-        Ledger.of(folder.layout).plan(info.id, *_rows(folder, info))
         folder.begin_halfway(Halfway(before, info, snapshot.folder.name))
+        Ledger.of(folder.layout).plan(info.id, *_things_of(folder, info))
         failpoint("rollback.written")
         try:
             _start(sandbox, info, replace(made.prepared, template=snapshot), made.policy, programs)
@@ -80,6 +83,8 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         recover(folder)
         sandbox.disconnect()
         sandbox.info = info
+        if proof is not None:
+            proof.hold(sandbox, info)
     seconds = time.monotonic() - began
     sandbox.journal.append(events.RolledBack(snapshot.folder.name, uuid, thoroughly, round(seconds, 3)))
     return seconds
@@ -146,13 +151,43 @@ def recover(folder: SessionFolder) -> str | None:
     end_guest(folder, gone)
     failpoint("rollback.ended")
     remove_guest_files(folder, gone)
+    Ledger.of(folder.layout).gone(gone.id, *_things_of(folder, gone))
     folder.end_halfway()
-    Ledger.of(folder.layout).gone(gone.id, *_rows(folder, gone))
     return f"its rollback to {tag} was finished" if is_committed else f"its rollback to {tag} was undone"
 
 
-def _rows(folder: SessionFolder, info: SessionInfo) -> tuple[Thing, Thing]:
-    """What the ledger has of one guest."""
+class _Proof:
+    """That image, template and what the host has of the session are after a rollback as they were before it."""
+
+    def __init__(self, folder: SessionFolder, info: SessionInfo) -> None:
+        self._folder = folder
+        with closing(Host.open()) as host:
+            now = baseline_of(folder.layout, host, info)
+        kept = kept_baseline(folder)
+        self._before = Baseline(kept.shared if kept is not None else now.shared, now.own)
+
+    def hold(self, sandbox: Sandbox, info: SessionInfo) -> None:
+        """Raises HostError if something is not."""
+        until = time.monotonic() + _PROOF_SECONDS
+        with closing(Host.open()) as host:
+            after = baseline_of(self._folder.layout, host, info, verify=True)
+            found = differences(self._before, after)
+            while found and time.monotonic() < until:  # libvirt may be seconds until it has noticed the old guest's end
+                time.sleep(0.3)
+                after = Baseline(after.shared, baseline_of(self._folder.layout, host, info).own)
+                found = differences(self._before, after)
+        if found:
+            sandbox.journal.append(events.BaselineDiffers(found))
+            raise HostError(
+                f"session {info.name!r} was rolled back, but not everything is as it was",
+                details="\n".join(found),
+                resolution="`vmsandbox gc` removes what is left; what was changed should not be used any more",
+            )
+        sandbox.journal.append(events.BaselineProven(after.digest, len(after.shared)))
+
+
+def _things_of(folder: SessionFolder, info: SessionInfo) -> tuple[Thing, ...]:
+    """What is one guest's own. (The row of its process goes with the session: numbers with start times harm nobody.)"""
     return (Kind.DOMAIN, info.uuid), (Kind.SOCKETS, folder.sockets(info).name)
 
 

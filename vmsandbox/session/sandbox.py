@@ -112,20 +112,18 @@ class Sandbox:
             make_whole(asked.project, listener)  # before it is copied in half old, half new
         host = Host.open()
         try:
-            with room_for(asked, where, host, listener) as reserved_as:
+            with room_for(asked, where, host, listener) as reserved_as, ExitStack() as origin:
                 usual = prepare(asked, where, host, runner, listener)
-                with standing_on(asked.origin, usual, where, runner) as prepared:
-                    folder, info = claim(asked, prepared, where, reserved_as)
-                    sandbox = cls(where, folder, info, listener)
-                    try:
-                        write_opened(sandbox, asked.policy)
-                        keep_baseline(folder, info)
-                        backup = back_up(sandbox, asked, runner)
-                        start_guest(sandbox, host, asked, prepared, runner)
-                    except BaseException as error:
-                        sandbox._failed(error)
-                        raise
+                prepared = origin.enter_context(standing_on(asked.origin, usual, where, runner))
+                folder, info = claim(asked, prepared, where, reserved_as)
+                after_start = origin.pop_all()
+            sandbox = cls(where, folder, info, listener)
             try:
+                with after_start:
+                    write_opened(sandbox, asked.policy)
+                    keep_baseline(folder, info)
+                    backup = back_up(sandbox, asked, runner)
+                    start_guest(sandbox, host, asked, prepared, runner)
                 sandbox.project_is_open = asked.origin is None  # as its template was frozen
                 if asked.origin is not None:
                     adopt(sandbox, asked.origin, prepared)

@@ -32,6 +32,7 @@ from vmsandbox.journal import events
 from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.made import is_emulated
+from vmsandbox.session.quotas import check_quota
 from vmsandbox.spec import NetworkMode
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
                 f"session {info.name!r} has a snapshot {tag!r} already",
                 resolution=f"choose another name, or `vmsandbox snapshots {info.name} --remove {tag}`",
             )
+        check_quota(sandbox.layout)
         base = TemplateStore(sandbox.layout).find(info.template)
         if base is None:
             raise HostError(f"the template of session {info.name!r} is gone", details=info.template)

@@ -33,7 +33,6 @@ from vmsandbox.session.networking import NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.session.record import Record
 from vmsandbox.session.sizes import disk_free_of
-from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.variables import guest_variables
 
 if TYPE_CHECKING:
@@ -86,13 +85,9 @@ def claim(
     )
     try:
         folder.claim(info)
-    except BaseException:
-        ledger.forget(info.id)
-        raise
-    try:
         keep_made(folder, prepared, asked.policy)
     except BaseException:
-        tear_down(layout, folder, info)
+        ledger.forget(info.id)
         raise
     return folder, info
 
