@@ -33,6 +33,7 @@ from vmsandbox.session.networking import NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.session.record import Record
 from vmsandbox.session.sizes import disk_free_of
+from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.variables import guest_variables
 
 if TYPE_CHECKING:
@@ -75,18 +76,19 @@ def claim(
         output_bytes=asked.policy.resources.output,
     )
     ledger = Ledger.of(layout)
-    ledger.plan(
-        info.id,
-        (Kind.FOLDER, name),
-        (Kind.DOMAIN, uuid),
-        (Kind.SOCKETS, folder.sockets(info).name),
-        (Kind.SOCKETS, folder.net.name),
-        reserved_as=reserved_as,
-    )
     try:
+        ledger.plan(
+            info.id,
+            (Kind.FOLDER, name),
+            (Kind.DOMAIN, uuid),
+            (Kind.SOCKETS, folder.sockets(info).name),
+            (Kind.SOCKETS, folder.net.name),
+            reserved_as=reserved_as,
+        )
         folder.claim(info)
         keep_made(folder, prepared, asked.policy)
     except BaseException:
+        tear_down(layout, folder, info)  # it may have been claimed; another one's is left alone
         ledger.forget(info.id)
         raise
     return folder, info
