@@ -82,7 +82,8 @@ class Home:
         """Each thing of this home that is there, as "what: which"."""
         found = {_sorted_word(word) for word in leftovers(self.cli.home)}
         for folder in (self.layout.live, self.layout.run, self.layout.templates, self.layout.images):
-            for path in folder.rglob("*"):
+            # A link leads to what several homes share: others make templates there meanwhile. The ledger has ours.
+            for path in [] if folder.is_symlink() else folder.rglob("*"):
                 word = "sockets" if folder == self.layout.run else "files"
                 if path.suffix not in (".lock", ".memory") and path.name != ".lock":
                     found.add(f"{word}: {path.relative_to(self.cli.home)}")
