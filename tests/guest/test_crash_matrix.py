@@ -23,7 +23,9 @@ CASES = [
     ("session", "apply.begun#1", "kill"),
     ("session", "destroy.guest#1", "kill"),
     ("stop", "destroy.name-given-back#1", "kill"),
-    ("gc", "destroy.sockets#1", "kill"),
+    ("rollback", "rollback.started#1", "kill"),
+    ("rollback", "rollback.committed#1", "kill"),
+    ("gc", "destroy.guest#1", "kill"),
 ]
 
 

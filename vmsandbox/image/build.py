@@ -106,8 +106,8 @@ def _building_folder(parent: Path, ledger: Ledger) -> Iterator[Path]:
     """A folder beside the published ones; gone at the end, whatever happens, unless it was renamed."""
     building = parent / f"{BUILDING}{secrets.token_hex(8)}"
     thing = (Kind.IMAGE, f"{parent.name}/{building.name}")
-    ledger.plan(f"image:{parent.name}", thing)
     try:
+        ledger.plan(f"image:{parent.name}", thing)
         building.mkdir(mode=0o700)
         building.chmod(0o711)  # apt's own user works below it
         failpoint("build.folder")

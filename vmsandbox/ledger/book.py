@@ -146,8 +146,8 @@ class Ledger:
 
     def gone(self, session: str, *things: Thing) -> None:
         """These are gone. Without the ledger that is no matter: `gc` looks whether they are."""
-        failpoint("ledger.gone")
         with suppress(LedgerError), self.transaction() as connection:
+            failpoint("ledger.gone")
             rows = [(session, kind, identity) for kind, identity in things]
             connection.executemany("DELETE FROM resources WHERE session = ? AND kind = ? AND identity = ?", rows)
 

@@ -39,7 +39,7 @@ def inspect_guest(
     check_live_xml(live_xml, ExpectedDevices.of(plan))
     pid = read_pid_file(pid_file(host.uri, plan.name))
     folder.pid_file(info).write_text(str(pid))
-    Ledger.of(folder.layout).plan(plan.session_id, (Kind.PROCESS, f"{Process.of(pid)} {QEMU}"))
+    _note_process(Ledger.of(folder.layout), plan.session_id, Process.of(pid))
     isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
     journal.append(
         events.ForkStarted(
@@ -57,3 +57,15 @@ def inspect_guest(
     journal.append(events.IsolationAssessed(isolation.grade.value, evidence))
     refuse_grade(policy, isolation)
     return isolation
+
+
+def _note_process(ledger: Ledger, session_id: str, process: Process) -> None:
+    """Write the guest's process down, and forget those of guests that were rolled back before it."""
+    dead = [
+        (Kind.PROCESS, row.identity)
+        for row in ledger.rows(session_id)
+        if row.kind == Kind.PROCESS and not Process.parse(row.identity.partition(" ")[0]).is_alive
+    ]
+    if dead:
+        ledger.gone(session_id, *dead)
+    ledger.plan(session_id, (Kind.PROCESS, f"{process} {QEMU}"))

@@ -76,23 +76,20 @@ def claim(
         output_bytes=asked.policy.resources.output,
     )
     ledger = Ledger.of(layout)
-    ledger.plan(
-        info.id,
-        (Kind.FOLDER, name),
-        (Kind.DOMAIN, uuid),
-        (Kind.SOCKETS, folder.sockets(info).name),
-        (Kind.SOCKETS, folder.net.name),
-        reserved_as=reserved_as,
-    )
     try:
+        ledger.plan(
+            info.id,
+            (Kind.FOLDER, name),
+            (Kind.DOMAIN, uuid),
+            (Kind.SOCKETS, folder.sockets(info).name),
+            (Kind.SOCKETS, folder.net.name),
+            reserved_as=reserved_as,
+        )
         folder.claim(info)
-    except BaseException:
-        ledger.forget(info.id)
-        raise
-    try:
         keep_made(folder, prepared, asked.policy)
     except BaseException:
-        tear_down(layout, folder, info)
+        tear_down(layout, folder, info)  # it may have been claimed; another one's is left alone
+        ledger.forget(info.id)
         raise
     return folder, info
 
