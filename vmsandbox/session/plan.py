@@ -58,6 +58,7 @@ class SessionRequest:
     learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
     accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
+    held: policy is what the organisation's, the person's and the project's files say together (`session.holding`).
     """
 
     project: Path | None = None
@@ -74,6 +75,7 @@ class SessionRequest:
     memory_mib: int | None = None
     vcpus: int | None = None
     ssh_ports: int = 6
+    held: bool = False
 
     @property
     def mode(self) -> NetworkMode:
