@@ -167,6 +167,15 @@ class TemplateStore:
             return base if isinstance(base, str) else None
         return None
 
+    def bases_of(self, key: str) -> tuple[str, ...]:
+        """The keys of all templates that this one stands on, the next one first."""
+        found: list[str] = []
+        below = self.base_of(key)
+        while below is not None and below not in found:
+            found.append(below)
+            below = self.base_of(below)
+        return tuple(found)
+
     def _same_content(self, folder: Path, name: str, manifest: dict[str, dict[str, str]]) -> bool:
         """A copied or restored folder has new stamps but may hold the same bytes."""
         path = folder / name
