@@ -111,7 +111,8 @@ def test_a_profile_that_starts_no_shell_is_known_before_and_refused(cli: Cli, pr
     policy = project / ".vmsandbox.yaml"
     found = cli("policy", "check", policy, status=None).stdout.decode()
     assert "bash" in found
-    done = cli("session", project, "--policy", policy, "--no-backup", "--", "true", status=126)
+    words = ("--policy", policy, "--no-backup", "--", "true")
+    done = cli("session", project, *words, status=126, timeout=400)  # two templates are made
     assert b"policy check" in done.stderr
 
 
