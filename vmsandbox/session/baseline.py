@@ -26,7 +26,8 @@ from vmsandbox.image.manifest import MANIFEST, SHORT
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.background import background_is_alive
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.orphans import processes_of
 
 RECORD = "shared.json"
