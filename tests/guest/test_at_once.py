@@ -8,14 +8,13 @@ import time
 import uuid
 from pathlib import Path
 
-import pytest
 from harness import Cli, ended, leftovers, wait_for
 
 from vmsandbox.ledger.admission import reservations, waiting
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.ledger.processes import Process
 
-AT_ONCE = 5
+AT_ONCE = 4
 LOOK = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; hostname; head -c 16 /dev/urandom | base64"
 
 
@@ -69,7 +68,7 @@ def test_a_template_that_many_need_is_made_once(cli: Cli, tmp_path: Path) -> Non
     assert sum("another vmsandbox is making" in text for text in said) >= 1
 
 
-def test_who_waits_is_told_and_gets_room_or_leaves(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_is_told_and_gets_room_or_leaves(cli: Cli) -> None:
     """Somebody was promised all memory that there is, and more: who comes has to wait until that is given back."""
     before = leftovers(cli.home)
     ledger = Ledger.of(cli.layout)

@@ -45,7 +45,9 @@ def test_it_waits_is_told_of_and_goes_on(small_home: Cli) -> None:
     filler = live / "filler"
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - ROOM)
-    script = "dd if=/dev/urandom of=~/fill bs=1M count=120 status=none && sync && sha256sum < ~/fill && wc -c < ~/fill"
+    script = (
+        "cd ~; dd if=/dev/urandom of=fill bs=1M count=120 status=none && sync && sha256sum < ~/fill && wc -c < ~/fill"
+    )
     writing = small_home.start("exec", "fills", "--", "sh", "-c", script)
 
     def kinds() -> list[str]:
@@ -71,7 +73,7 @@ def test_one_that_nobody_watches_goes_on_after_gc(small_home: Cli) -> None:
     guest = small_home.guest("alone")
     disk = os.statvfs(small_home.home / "live")
     filler = small_home.home / "live" / "filler"
-    guest.sh("(sleep 2; dd if=/dev/zero of=~/fill bs=1M count=90; sync; touch ~/done) > /dev/null 2>&1 &")
+    guest.sh("(sleep 2; cd ~; dd if=/dev/zero of=fill bs=1M count=90; sync; touch ~/done) > /dev/null 2>&1 &")
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - ROOM)
     virsh = ["virsh", "-q", "domstate", "--reason", guest.info.uuid]

@@ -32,7 +32,15 @@ from vmsandbox.cli.options import (
     VcpusOption,
     WaitOption,
 )
-from vmsandbox.cli.output import guest_command, guest_output, make_monitor, patience, print_json, tell_differences
+from vmsandbox.cli.output import (
+    PlainMonitor,
+    guest_command,
+    guest_output,
+    make_monitor,
+    patience,
+    print_json,
+    tell_differences,
+)
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
@@ -214,7 +222,7 @@ def with_policy(request: SessionRequest, policy: Path | None) -> tuple[SessionRe
 def _attached(name: str, command: list[str] | None) -> int:
     from vmsandbox.session.sandbox import Sandbox
 
-    sandbox = Sandbox.attach(name)
+    sandbox = Sandbox.attach(name, monitor=PlainMonitor())  # a command's own: no bars, and nothing to import for them
     try:
         return run_in(sandbox, command)
     finally:
