@@ -210,7 +210,7 @@ def memory(net: str) -> float:
     try:
         time.sleep(5)
         folder = SessionFolder(Layout.from_environment(), name)
-        qemu = int((folder.path / "qemu.pid").read_text())
+        qemu = folder.qemu_pid(folder.info())
         return sum(_pss(pid) for pid in {qemu, *(_processes() - before)})
     finally:
         _vmsandbox("stop", name)

@@ -280,7 +280,7 @@ class Bench:
                 sandbox.shell().run(["true"])
                 sandbox.disconnect()
             time.sleep(5)
-            each = [_memory_of(int((one.folder.path / "qemu.pid").read_text())) for one in sandboxes]
+            each = [_memory_of(one.folder.qemu_pid(one.info)) for one in sandboxes]
         finally:
             for sandbox in sandboxes:
                 sandbox.close()

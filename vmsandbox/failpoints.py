@@ -5,8 +5,11 @@ A fault between two steps cannot be made from outside at the right moment. Code 
 
     VMSANDBOX_FAILPOINT=NAME[#K]=ACTION[,…]     at the K-th time (from 1) that NAME is reached
 
-    kill        SIGKILL to this process                 enospc, eio, edquot     an OSError with that errno
-    interrupt   KeyboardInterrupt, as Ctrl-C            pause:SECONDS           go on after that long
+    kill            SIGKILL to this process             enospc, eio, edquot     an OSError with that errno
+    interrupt       KeyboardInterrupt, as Ctrl-C        pause:SECONDS           go on after that long
+    int, term, hup  that signal to this process         tell:PATH               make that file, wait until it is gone
+
+`*=note:PATH` writes down every name that is reached, in order.
 
 In the same process: `with failpoints.switched_on(function)`, which is called with each name that is reached.
 """
@@ -20,8 +23,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 VARIABLE = "VMSANDBOX_FAILPOINT"
+_SIGNALS = {"int": signal.SIGINT, "term": signal.SIGTERM, "hup": signal.SIGHUP}
 _ERRNOS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "edquot": errno.EDQUOT}
 
 
@@ -48,10 +53,21 @@ def act(action: str, name: str = "") -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "interrupt":
         raise KeyboardInterrupt
+    elif action in _SIGNALS:
+        # To this thread, so that it comes now: the main one, in the program that is tried.
+        signal.raise_signal(_SIGNALS[action])
     elif action in _ERRNOS:
         raise OSError(_ERRNOS[action], os.strerror(_ERRNOS[action]), name)
     elif action.startswith("pause:"):
         time.sleep(float(action.removeprefix("pause:")))
+    elif action.startswith("note:"):
+        with Path(action.removeprefix("note:")).open("a") as file:
+            file.write(f"{name}\n")
+    elif action.startswith("tell:"):
+        path = Path(action.removeprefix("tell:"))
+        path.write_text(name)
+        while path.exists():
+            time.sleep(0.01)
     else:
         raise ValueError(f"{VARIABLE}: unknown action {action!r}")
 
@@ -70,6 +86,8 @@ def _from(text: str) -> Callable[[str], None] | None:
     times: Counter[str] = Counter()
 
     def reached(name: str) -> None:
+        if everywhere := wanted.get(("*", 1)):
+            act(everywhere, name)
         times[name] += 1
         if action := wanted.get((name, times[name])):
             act(action, name)

@@ -21,6 +21,7 @@ MAX_SOCKET_PATH = 107
 _SOCKET_NAME_ROOM = 16
 
 SESSION_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
+LEDGER = "ledger.sqlite"  # beside the folders of live sessions and of records
 IMAGE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,38}[a-z0-9])?")
 
 
@@ -99,6 +100,11 @@ class Layout:
                 resolution="set XDG_RUNTIME_DIR (or VMSANDBOX_HOME) to a folder with a shorter path",
             )
         return layout
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger of this installation (`vmsandbox.ledger`)."""
+        return self.live.parent / LEDGER
 
 
 def config_folder(environ: Mapping[str, str] | None = None, uid: int | None = None) -> Path:

@@ -162,7 +162,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guest(cli: Cli, project: Path) -> Iterator[Guest]:
     """A running guest with the small project in it, for tests that leave it as it is."""
     with ExitStack() as stack:
-        name = cli("start", project, "--name", "shared").stdout.decode().strip()
+        name = cli("start", project, "--no-snapshot", "--name", "shared").stdout.decode().strip()
         yield _watched(cli.guest(name), stack)
 
 
@@ -172,7 +172,7 @@ def fork(cli: Cli) -> Iterator[Callable[..., Guest]]:
     with ExitStack() as stack:
 
         def make(*words: str | Path) -> Guest:
-            name = cli("start", *(words or ("--empty",)), "--name", f"t-{uuid.uuid4().hex[:8]}").stdout
+            name = cli("start", *(words or ("--empty",)), "--no-snapshot", "--name", f"t-{uuid.uuid4().hex[:8]}").stdout
             return _watched(cli.guest(name.decode().strip()), stack)
 
         yield make

@@ -115,7 +115,7 @@ class Guest:
     @property
     def qemu(self) -> int:
         """The process id of its QEMU."""
-        return int((self.folder.path / "qemu.pid").read_text())
+        return self.folder.qemu_pid(self.info)
 
     def exec(
         self, *words: str, stdin: bytes = b"", status: int | None = 0, timeout: float = TIMEOUT

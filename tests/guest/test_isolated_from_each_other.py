@@ -83,7 +83,7 @@ def test_sockets_and_files_of_a_session_are_its_own_users(pair: Pair) -> None:
     if os.geteuid() == 0:  # qemu:///session runs every QEMU as the person: grade "separated" at most
         assert users[0] != users[1], "one user could reach the files of both"
     for guest, user in zip(pair, users, strict=True):
-        for folder in (guest.folder.vm, guest.folder.run):
+        for folder in (guest.folder.vm(guest.info), guest.folder.run):
             assert (folder.stat().st_uid, folder.stat().st_mode & 0o777) == (user, 0o700)
         assert guest.folder.identity_file.stat().st_mode & 0o777 == 0o600
         assert guest.folder.identity_file.stat().st_uid == os.geteuid()

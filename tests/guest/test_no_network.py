@@ -114,7 +114,7 @@ def test_the_check_accepts_exactly_this_guest(guest: Guest) -> None:
         "initrd": template / "initrd",
         "cmdline": tree.findtext("os/cmdline"),
         "disk_chain": (
-            DiskImage(folder.vm / "disk.qcow2", "qcow2"),
+            DiskImage(folder.vm(info) / "disk.qcow2", "qcow2"),
             DiskImage(template / "disk.qcow2", "qcow2"),
             DiskImage(next(image.glob("root*")), "raw"),
         ),

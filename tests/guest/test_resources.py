@@ -61,7 +61,7 @@ def bounded(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gues
 
 def overlay(guest: Guest) -> tuple[int, int]:
     """(size, bytes that it takes on the host) of the file behind a guest's disk."""
-    info = (guest.folder.vm / "disk.qcow2").stat()
+    info = (guest.folder.vm(guest.info) / "disk.qcow2").stat()
     return info.st_size, info.st_blocks * 512
 
 

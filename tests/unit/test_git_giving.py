@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,18 @@ def test_the_index_of_a_pack_is_what_git_would_write(
     version = f"--index-version=2,{near}" if near < 1 << 31 else "--index-version=2"
     git(tmp_path, "index-pack", version, "-o", "git.idx", pack.name)
     assert writer.index() == (tmp_path / "git.idx").read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 65534, 65535, 65536, 131070, 131071, 200_000])
+def test_git_reads_what_does_not_shrink_and_what_does(tmp_path: Path, size: int) -> None:
+    contents = [random.Random(size).randbytes(size), b"a line of text\n" * (size // 15)]
+    with (tmp_path / "made.pack").open("w+b") as file:
+        writer = PackWriter(file, "sha1")
+        for content in contents:
+            assert zlib.decompress(objects._deflated(content)) == content
+            writer.add("blob", content)
+        writer.finish()
+    git(tmp_path, "index-pack", "--strict", "made.pack")
 
 
 def test_a_file_that_changed_since_the_push_is_not_put_under_another_content(tmp_path: Path) -> None:

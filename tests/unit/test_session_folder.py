@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vmsandbox import failpoints
 from vmsandbox.errors import GuestError, HostError, UserInputError
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import (
@@ -164,7 +166,7 @@ def test_teardown_never_kills_a_process_that_is_not_the_sessions(layout: Layout)
     folder.claim(info_of("one"))
     stranger = subprocess.Popen(["sleep", "60"])
     try:
-        (folder.path / "qemu.pid").write_text(str(stranger.pid))
+        folder.pid_file(folder.info()).write_text(str(stranger.pid))
         from vmsandbox.session.teardown import _kill_process
 
         assert not _kill_process(folder, folder.info())
@@ -180,19 +182,37 @@ def test_teardown_ends_the_sessions_process_and_removes_no_more_than_its_own(lay
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("kept")
-    folder.vm.mkdir()
-    (folder.vm / "link").symlink_to(precious)
+    files = folder.vm(folder.info())
+    files.mkdir()
+    (files / "link").symlink_to(precious)
     folder.run.parent.mkdir(parents=True, exist_ok=True)
     sockets = folder.run
     sockets.symlink_to(precious)
     qemu = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"uuid={folder.info().uuid}"])
     while not Path(f"/proc/{qemu.pid}/cmdline").read_bytes():
         time.sleep(0.01)  # just after exec it is empty
-    (folder.path / "qemu.pid").write_text(str(qemu.pid))
+    folder.pid_file(folder.info()).write_text(str(qemu.pid))
     assert tear_down(layout, folder, folder.info()) == []
     assert qemu.wait(timeout=10) == -9
     assert not folder.path.exists() and not sockets.is_symlink()
     assert (precious / "file").read_text() == "kept"
+
+
+def test_a_name_that_is_given_back_may_be_anothers_at_once(layout: Layout) -> None:
+    """Two end one session, a third one takes its name between them."""
+    folder, first = SessionFolder(layout, "one"), info_of("one")
+    folder.claim(first)
+    second = info_of("one", uuid="99999999-2222-4333-8444-555555555555")
+
+    def meanwhile(name: str) -> None:
+        if name == "destroy.guest-files":
+            shutil.rmtree(folder.path)
+            folder.claim(second)
+
+    with failpoints.switched_on(meanwhile):
+        assert tear_down(layout, folder, first) == []
+    assert folder.info().id == second.id
+    assert [path.name for path in layout.live.iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize(

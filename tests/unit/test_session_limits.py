@@ -245,7 +245,7 @@ def guest_process(folder: SessionFolder) -> Any:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", info.uuid])
     folder.claim(info)
     folder.journal(info.id).append(events.GuestThawed())
-    (folder.path / "qemu.pid").write_text(str(process.pid))
+    folder.pid_file(info).write_text(str(process.pid))
     yield process, info
     process.kill()
     process.wait()

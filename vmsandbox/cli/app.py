@@ -6,6 +6,7 @@ Exit statuses (the contract): a command's own; 125 vmsandbox's own failure, wron
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,9 +16,9 @@ from types import FrameType
 
 import typer
 
-from vmsandbox.cli import connect, guests, host, images, looking, network, policy, returning, session
+from vmsandbox.cli import connect, guests, host, images, looking, network, policy, returning, session, snapshots
 from vmsandbox.cli.output import split_command, wants_json
-from vmsandbox.errors import EXIT_OWN_FAILURE, VmsandboxError
+from vmsandbox.errors import EXIT_OWN_FAILURE, HostError, VmsandboxError
 
 app = typer.Typer(
     name="vmsandbox",
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (session, guests, returning, looking, network, connect, host):
+for module in (session, guests, snapshots, returning, looking, network, connect, host):
     module.register(app)
 app.add_typer(images.app, name="image", help="Build, list, verify and remove images.")
 app.add_typer(policy.app, name="policy", help="Check, show and compare policies.")
@@ -35,6 +36,7 @@ app.add_typer(policy.app, name="policy", help="Check, show and compare policies.
 
 # UsageError of click, which older versions of typer import and newer ones have their own copy of.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -77,10 +79,25 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain when it flushes stdout
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            traceback.print_exc()
+            return EXIT_OWN_FAILURE
+        _show_error(_disk_error(error), arguments)
+        return EXIT_OWN_FAILURE
     except Exception:
         # A defect of ours; Python's own status 1 would look like the command's.
         traceback.print_exc()
         return EXIT_OWN_FAILURE
+
+
+def _disk_error(error: OSError) -> HostError:
+    """A disk that is full, read-only or broken may be met at any step: it is the host's fault, not a defect of ours."""
+    return HostError(
+        f"the host's disk could not be written: {error.strerror}",
+        details=str(error.filename or error),
+        resolution="`vmsandbox gc` gives space back and removes what is left; `vmsandbox doctor` shows what there is",
+    )
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import typer
+
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import live_sessions
+from vmsandbox.session.folder import SessionFolder, live_sessions
 
 
 def session_names(incomplete: str) -> list[str]:
@@ -13,5 +15,16 @@ def session_names(incomplete: str) -> list[str]:
         return [
             folder.name for folder in live_sessions(Layout.from_environment()) if folder.name.startswith(incomplete)
         ]
+    except (VmsandboxError, OSError):
+        return []
+
+
+def snapshot_tags(context: typer.Context, incomplete: str) -> list[str]:
+    """Tags of the named session's snapshots."""
+    from vmsandbox.session.snapshots import snapshots
+
+    try:
+        folder = SessionFolder(Layout.from_environment(), str(context.params.get("name")))
+        return [row.tag for row in snapshots(folder) if row.tag.startswith(incomplete)]
     except (VmsandboxError, OSError):
         return []

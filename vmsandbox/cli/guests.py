@@ -31,8 +31,9 @@ from vmsandbox.cli.options import (
     PortsOption,
     ProjectArgument,
     VcpusOption,
+    WaitOption,
 )
-from vmsandbox.cli.output import guest_command, guest_output, make_monitor, print_json
+from vmsandbox.cli.output import guest_command, guest_output, make_monitor, patience, print_json, tell_differences
 from vmsandbox.errors import HostError, RefusedError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
@@ -70,15 +71,26 @@ def start(
     memory: MemoryOption = None,
     vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
+    origin: Annotated[
+        str | None, typer.Option("--from", metavar="NAME:TAG", help="Begin as this snapshot of another session.")
+    ] = None,
+    snapshot: Annotated[bool, typer.Option(help="Keep its start, so that it can be rolled back to it.")] = True,
+    wait: WaitOption = "",
     json: JsonOption = False,
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
-    request = SessionRequest(
-        project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
-        backup=backup, allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports,
-    )  # fmt: skip
+    if origin is not None:
+        request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation, wait)
+    else:
+        request = SessionRequest(
+            project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
+            backup=backup, allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus,
+            ssh_ports=ssh_ports, wait=patience(wait),
+        )  # fmt: skip
     sandbox = open_guest(request, policy)
     sandbox.disconnect()
+    if snapshot and request.mode is not NetworkMode.FILTERED:
+        keep_start(sandbox)
     if json:
         info = sandbox.info
         print_json({"name": info.name, "id": info.id, "grade": info.grade, "network": info.network})
@@ -137,7 +149,9 @@ def stop(
     problems = []
     for one in chosen:
         try:
-            left = Sandbox.attach(one, layout=layout).close("stopped")
+            sandbox = Sandbox.attach(one, layout=layout)
+            left = sandbox.close("stopped")
+            tell_differences(sandbox.differs)
         except HostError:
             left = remove_damaged(layout, one)
         problems += [f"{one}: {item}" for item in left]
@@ -148,10 +162,51 @@ def stop(
     return 0
 
 
+def keep_start(sandbox: Sandbox) -> None:
+    """Without room for it the guest is of use all the same, and says so when it is asked to roll back."""
+    from vmsandbox.session.snapshots import START, take_snapshot
+
+    try:
+        take_snapshot(sandbox, START)
+    except HostError as error:
+        sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
+
+
+def _forked(
+    text: str,
+    path: Path,
+    name: str | None,
+    policy: Path | None,
+    net: NetworkMode | None,
+    learn: bool,
+    emulation: bool,
+    wait: str,
+) -> tuple[SessionRequest, Path | None]:
+    """What a session asks for that begins as another's snapshot: all that it was, but for its name and network."""
+    from vmsandbox.session.folder import SessionFolder
+    from vmsandbox.session.origin import origin_of
+
+    source = origin_of(text)
+    info = SessionFolder(Layout.from_environment(), source.name).info()
+    project = path if path != Path() else Path(info.project) if info.project else None
+    request = SessionRequest(
+        project=project, name=name, image=info.image, network=net or NetworkMode(info.network), learn=learn,
+        backup=False, allow_emulation=emulation, keep=True, memory_mib=info.memory_mib, vcpus=info.vcpus,
+        ssh_ports=info.ssh_ports, origin=source, wait=patience(wait),
+    )  # fmt: skip
+    return request, policy
+
+
 def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     """Start a guest with the project and its policy."""
     from vmsandbox.session.sandbox import Sandbox
 
+    request, monitor = with_policy(request, policy)
+    return Sandbox.open(request.project, request=request, monitor=monitor)
+
+
+def with_policy(request: SessionRequest, policy: Path | None) -> tuple[SessionRequest, Monitor]:
+    """The request under all policies that hold; what a person should know of them is told."""
     monitor = make_monitor()
     effective = _policy(request.project, policy, monitor)
     request = replace(request, policy=effective.policy)
@@ -161,7 +216,7 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
     if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
         why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
         monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
-    return Sandbox.open(request.project, request=request, monitor=monitor)
+    return request, monitor
 
 
 def _policy(project: Path | None, chosen: Path | None, monitor: Monitor) -> Effective:

@@ -63,15 +63,27 @@ def doctor(
 
 def gc(
     templates: Annotated[bool, typer.Option("--templates", help="Also templates that no session uses now.")] = False,
+    older_than: Annotated[
+        float | None,
+        typer.Option("--older-than", metavar="DAYS", min=0, help="Also records of sessions that ended so long ago."),
+    ] = None,
+    new_ledger: Annotated[
+        bool, typer.Option("--new-ledger", help="First set a damaged ledger aside and begin another one.")
+    ] = False,
     json: JsonOption = False,
 ) -> int:
     """Remove what crashed or interrupted processes left. Live sessions are not touched."""
     from vmsandbox.hypervisor.connection import Host
     from vmsandbox.session.gc import collect_garbage
 
+    layout = Layout.from_environment()
+    if new_ledger:
+        from vmsandbox.session.renewal import renew_ledger
+
+        print(f"vmsandbox: the damaged ledger is kept as {renew_ledger(layout)}", file=sys.stderr)
     host = Host.open()
     try:
-        removed = collect_garbage(Layout.from_environment(), host, all_templates=templates)
+        removed = collect_garbage(layout, host, all_templates=templates, older_than=older_than)
     finally:
         host.close()
     if json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 def list_(json: JsonOption = False) -> int:
     """List sessions. Orphans (their process or guest is gone) are for `gc`."""
-    rows = [_row(folder) for folder in live_sessions(Layout.from_environment())]
+    layout = Layout.from_environment()
+    rows = [_row(folder) for folder in live_sessions(layout)]
+    rows += _orphan_rows(layout)
     if json:
         print_json(rows)
     elif rows:
@@ -36,7 +39,40 @@ def list_(json: JsonOption = False) -> int:
         )
     else:
         print("no sessions", file=sys.stderr)
+    if not json:
+        for row in rows:
+            if row["problem"]:
+                print(f"vmsandbox: {row['name']}: {row['problem']}", file=sys.stderr)
+        _tell_promised(layout)
     return 0
+
+
+def _tell_promised(layout: Layout) -> None:
+    """Say what is reserved of the host, and who waits for room."""
+    from vmsandbox.ledger.admission import promised_text
+    from vmsandbox.ledger.book import Ledger, LedgerError
+
+    with suppress(LedgerError):
+        if text := promised_text(Ledger.of(layout)):
+            print(f"vmsandbox: {shown(text, 1000)}", file=sys.stderr)
+
+
+def _orphan_rows(layout: Layout) -> list[dict[str, Any]]:
+    """What the ledger knows of and no session has: its folder was lost, or its making was interrupted."""
+    from vmsandbox.ledger.book import Ledger, LedgerError
+    from vmsandbox.session.orphans import orphans, told
+
+    try:
+        found = orphans(layout, Ledger.of(layout).rows())
+    except LedgerError as error:
+        print(f"vmsandbox: {error.brief} ({error.details})\n  → {error.resolution}", file=sys.stderr)
+        return []
+    nothing = dict.fromkeys(("health", "grade", "network", "image", "created", "project"))
+    return [
+        {**nothing, "name": orphan.session, "state": "orphan", "id": orphan.session,
+         "problem": f"nobody owns what is left of it ({told(layout, orphan)}): `vmsandbox gc` removes it"}
+        for orphan in found
+    ]  # fmt: skip
 
 
 def _row(folder: SessionFolder) -> dict[str, Any]:

@@ -58,4 +58,13 @@ VcpusOption = Annotated[
     typer.Option("--vcpus", metavar="N", help="The guest's processors.", show_default="the policy's, else 2"),
 ]
 PortsOption = Annotated[int, typer.Option("--ssh-ports", metavar="N", help="SSH connections at once.")]
+WaitOption = Annotated[
+    str,
+    typer.Option(
+        "--wait",
+        metavar="[=SECONDS]",
+        help="Queue where the host has no room for another guest now (for ever, or so long).",
+        show_default="refuses",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="A JSON document on stdout.")]

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vmsandbox.errors import UserInputError
 from vmsandbox.monitor import Monitor
 
 # What followed "--" on the command line: a command for the guest. Click cannot tell `session -- x` from `session x`.
 _guest_command: list[str] | None = None
+FOREVER = "forever"
 
 
 def split_command(argv: list[str]) -> list[str]:
@@ -21,10 +23,28 @@ def split_command(argv: list[str]) -> list[str]:
     global _guest_command
     if "--" not in argv:
         _guest_command = None
-        return argv
+        return _with_value(argv)
     at = argv.index("--")
     _guest_command = argv[at + 1 :]
-    return argv[:at]
+    return _with_value(argv[:at])
+
+
+def _with_value(argv: list[str]) -> list[str]:
+    """Click knows no options that may have a value: `--wait` is `--wait=forever`."""
+    return [f"{word}={FOREVER}" if word == "--wait" else word for word in argv]
+
+
+def patience(wait: str) -> float | None:
+    """Seconds that `--wait` says (0: it was not given); None for ever. Raises UserInputError."""
+    if wait == FOREVER:
+        return None
+    try:
+        seconds = float(wait or 0)
+        if 0 <= seconds < 10**9:
+            return seconds
+    except ValueError:
+        pass
+    raise UserInputError(f"--wait={wait}: not a number of seconds", resolution="--wait, or --wait=60")
 
 
 def guest_command() -> list[str] | None:
@@ -47,6 +67,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(str(row[i])) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def tell_differences(differs: Sequence[str]) -> None:
+    """Say after a session's end what is not as it was before it."""
+    for one in differs:
+        print(f"vmsandbox: WARNING: not as it was before the session: {one}", file=sys.stderr)
 
 
 class PlainMonitor(Monitor):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmsandbox.cli.guests import open_guest, run_in
+from vmsandbox.cli.guests import keep_start, open_guest, run_in, with_policy
 from vmsandbox.cli.options import (
     AcceptOption,
     BackupOption,
@@ -26,10 +26,13 @@ from vmsandbox.cli.options import (
     PortsOption,
     ProjectArgument,
     VcpusOption,
+    WaitOption,
 )
-from vmsandbox.cli.output import guest_command, print_json
+from vmsandbox.cli.output import guest_command, patience, print_json, tell_differences
 from vmsandbox.cli.showing import as_json, print_review, tell_applied, tell_commits
-from vmsandbox.errors import VmsandboxError
+from vmsandbox.errors import UserInputError, VmsandboxError
+from vmsandbox.paths import Layout
+from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.limits import LimitReachedError
 from vmsandbox.session.plan import SessionRequest
@@ -58,10 +61,17 @@ def session(
     backup: BackupOption = True,
     allow_emulation: EmulationOption = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the guest running afterwards.")] = False,
+    rollback: Annotated[
+        bool,
+        typer.Option(
+            "--rollback", help="Use the guest --name (started if there is none), and roll it back afterwards."
+        ),
+    ] = False,
     empty: EmptyOption = False,
     memory: MemoryOption = None,
     vcpus: VcpusOption = None,
     ssh_ports: PortsOption = 6,
+    wait: WaitOption = "",
     json: JsonOption = False,
 ) -> int:
     """Copy a project into a fresh guest, run COMMAND (or a shell) there, show what changed, throw the guest away.
@@ -70,10 +80,11 @@ def session(
     """
     request = SessionRequest(
         project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
-        accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep, memory_mib=memory, vcpus=vcpus,
-        ssh_ports=ssh_ports,
+        accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep or rollback, memory_mib=memory,
+        vcpus=vcpus, ssh_ports=ssh_ports, wait=patience(wait),
     )  # fmt: skip
-    sandbox = open_guest(request, policy)
+    keep = request.keep
+    sandbox = _standing(request, policy) if rollback else open_guest(request, policy)
     reached: LimitReachedError | None = None
     try:
         status = run_in(sandbox, guest_command(), stdout=2 if json else 1)
@@ -94,6 +105,8 @@ def session(
         landed = _collect(sandbox, path if commits else None, keep)
     if keep:
         sandbox.disconnect()
+    if rollback and not over:
+        _roll_back(sandbox)
     left = [] if keep else sandbox.close(f"ended by its limit: {reached.limit}" if over and reached else "ended")
     pushed = pushed and (not over or (sandbox.folder.record_folder(sandbox.info.id) / "quarantine").is_dir())
     network = _network(sandbox, learn, json)
@@ -110,6 +123,27 @@ def session(
             tell_commits(landed, sys.stderr)
         _tell_end(sandbox, left, keep and not over)
     return status
+
+
+def _standing(request: SessionRequest, policy: Path | None) -> Sandbox:
+    """The guest that stays: as it was at its start, with the project as it is now."""
+    if request.name is None:
+        raise UserInputError("--rollback needs the name of the guest that stays", resolution="add --name NAME")
+    request, monitor = with_policy(request, policy)
+    from vmsandbox.session.standing import standing_guest
+
+    if (found := standing_guest(request, Layout.from_environment(), Programs(), monitor)) is not None:
+        return found
+    sandbox = open_guest(request, policy)
+    sandbox.disconnect()
+    keep_start(sandbox)
+    return sandbox
+
+
+def _roll_back(sandbox: Sandbox) -> None:
+    from vmsandbox.session.rollback import roll_back
+
+    roll_back(sandbox, None, Programs())
 
 
 def _stop_watching(sandbox: Sandbox) -> LimitReachedError | None:
@@ -196,6 +230,7 @@ def _session_report(
         "network": network,
         "record": str(SessionFolder(sandbox.layout, sandbox.name).record_folder(sandbox.info.id)),
         "leftovers": left,
+        "differs": list(sandbox.differs),
     }
 
 
@@ -206,5 +241,6 @@ def _tell_end(sandbox: Sandbox, left: list[str], keep: bool) -> None:
     else:
         end = f"the guest is gone, isolation grade was '{sandbox.info.grade}'"
     print(f"vmsandbox: {end}  ({where})", file=sys.stderr)
+    tell_differences(sandbox.differs)
     for item in left:
         print(f"vmsandbox: WARNING: not removed: {item} (`vmsandbox gc` tries again)", file=sys.stderr)

@@ -18,6 +18,8 @@ from typing import BinaryIO, NamedTuple
 TREE, GITLINK, LINK, EXECUTABLE, FILE = 0o040000, 0o160000, 0o120000, 0o100755, 0o100644
 _TYPES = {"commit": 1, "tree": 2, "blob": 3}
 _SAMPLE = 1 << 10  # bytes
+_MOST_VALUES = 240  # of 256 in a sample: random bytes have 251 on average
+_STORED = 0xFFFF  # bytes of a block that is not compressed
 _FAR = 1 << 31  # gitformat-pack(5): an offset from here on takes eight bytes; in the four, this bit says so
 _NEAR_OFFSETS = _FAR
 DIGEST_SIZES = {"sha1": 20, "sha256": 32}
@@ -123,8 +125,24 @@ class PackWriter:
 def _deflated(content: bytes) -> bytes:
     """Compressed, but not what does not shrink (images, archives): that would be most of the time, for nothing."""
     sample = content[:_SAMPLE]
-    shrinks = len(zlib.compress(sample, 1)) < 0.95 * len(sample)
-    return zlib.compress(content, 1 if shrinks else 0)
+    if len(set(sample)) > _MOST_VALUES or len(zlib.compress(sample, 1)) >= 0.95 * len(sample):
+        return _stored(content)
+    return zlib.compress(content, 1)
+
+
+def _stored(content: bytes) -> bytes:
+    """As it is, in zlib's frame (RFC 1950, 1951 3.2.4): `zlib.compress(…, 0)` takes three times as long."""
+    parts = [b"\x78\x01"]
+    for at in range(0, len(content), _STORED) or (0,):
+        piece = content[at : at + _STORED]
+        is_last = at + _STORED >= len(content)
+        parts += [
+            bytes((is_last,)),
+            len(piece).to_bytes(2, "little"),
+            (len(piece) ^ 0xFFFF).to_bytes(2, "little"),
+            piece,
+        ]
+    return b"".join((*parts, zlib.adler32(content).to_bytes(4)))
 
 
 class IndexEntry(NamedTuple):

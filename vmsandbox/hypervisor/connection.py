@@ -149,6 +149,11 @@ class Host:
         state = self._call("asking for the guest's state", lambda: self._lookup(uuid).state())
         return bool(state[0] == libvirt.VIR_DOMAIN_RUNNING)
 
+    def is_paused_by_disk(self, uuid: str) -> bool:
+        """Whether QEMU has stopped it at a write to its disk that failed."""
+        state = self._call("asking for the guest's state", lambda: self._lookup(uuid).state())
+        return (state[0], state[1]) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
     def live_xml(self, uuid: str) -> str:
         """The XML of the domain as it runs."""
         return str(self._call("reading the guest's live XML", lambda: self._lookup(uuid).XMLDesc(0)))

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmsandbox.errors import HostError, RefusedError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.launch import Machine, choose_user, create_overlay, disk_errors, give, own_folder
+from vmsandbox.hypervisor.launch import Machine, choose_user, disk_errors, give, own_folder
 from vmsandbox.hypervisor.memory import ForkMemory, fork_memory
 from vmsandbox.hypervisor.template import ImageFiles, Template
 from vmsandbox.process import Programs
@@ -90,25 +91,31 @@ def start_fork(
     with disk_errors("making the session's files"):
         own_folder(request.folder, user)
         own_folder(request.run_folder, user)
+    failpoint("fork.folders")
     with fork_memory(
         host, request.machine, template, request.folder, live, user, programs, own=request.shape.balloon
     ) as memory:
         plan = plan_fork(request, memory, user)
         disk = plan.disk_chain[0].path
-        create_overlay(programs, disk, template.disk, "qcow2")
+        template.make_disk(disk, programs)
         if request.limits.disk_bytes is not None:
             os.truncate(disk, request.limits.disk_bytes)  # sparse: the part that QEMU may use has to be there
         give(disk, user)
+        failpoint("fork.disk")
         host.create(render_domain(plan), paused=True)
+        failpoint("fork.guest")
         control = ControlPort(plan.control_socket)
         try:
             # Connected before the state is loaded, as when the template was frozen: the guest sees no change.
             control.connect(5)
             inspect(plan, host.live_xml(plan.uuid))
+            failpoint("fork.inspected")
             _write_rate_in_force(host, plan)
             memory.wait()
             load_state(host, plan.uuid, template.state)
+            failpoint("fork.loaded")
             host.resume(plan.uuid)
+            failpoint("fork.resumed")
         except BaseException:
             control.close()
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vmsandbox.errors import HostError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.files import dig_holes, sha256_of, stamp_of
 from vmsandbox.hypervisor.template import DISK, INITRD, RAM, STATE, Template, TemplateStore
@@ -41,6 +42,7 @@ def freeze(host: Host, uuid: str, state: Path) -> None:
         if reader.is_alive():
             raise HostError("QEMU did not finish writing the template's state")
     state.write_bytes(b"".join(chunks))
+    failpoint("freeze.saved")
 
 
 def publish(
@@ -48,6 +50,7 @@ def publish(
 ) -> Template:
     """Make the folder of a frozen guest the template of this key. facts: more for its manifest."""
     dig_holes(making / RAM)
+    failpoint("publish.dug")
     digests = {name: sha256_of(making / name) for name in (DISK, RAM, STATE, INITRD)}
     for name in digests:
         os.chown(making / name, os.geteuid(), os.getegid())
@@ -63,5 +66,7 @@ def publish(
     (making / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     os.chown(making, os.geteuid(), os.getegid())
     making.chmod(0o755)
+    failpoint("publish.written")
     making.rename(store.folder / key)
+    failpoint("publish.renamed")
     return Template(key, store.folder / key, digests, seconds, base)

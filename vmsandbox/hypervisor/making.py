@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, VmsandboxError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import ControlPort, PortClosedError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.console import ConsoleTail
@@ -21,6 +22,7 @@ from vmsandbox.hypervisor.files import new_sparse
 from vmsandbox.hypervisor.freezing import freeze, publish
 from vmsandbox.hypervisor.launch import choose_user, create_overlay, disk_errors, give, own_folder
 from vmsandbox.hypervisor.template import DISK, INITRD, RAM, STATE, Template, TemplatePlan, TemplateStore
+from vmsandbox.ledger.book import Kind
 from vmsandbox.monitor import Monitor
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DiskImage, DomainPlan, render_domain
@@ -74,10 +76,14 @@ def _make(host: Host, plan: TemplatePlan, store: TemplateStore, programs: Progra
         domain = _domain_plan(plan, uuid, making, run, user)
         with monitor.step(f"making template {plan.key[:12]} (first use of this image and shape)"):
             _prepare_files(plan, domain, programs, user)
+            failpoint("template.files")
             host.create(render_domain(domain), paused=False)
+            failpoint("template.guest")
             _boot(host, domain, monitor)
+            failpoint("template.booted")
             freeze(host, uuid, making / STATE)
             host.destroy(uuid)
+            failpoint("template.ended")
             monitor.progress(0.95, 1, "computing digests")
             return publish(store, making, plan.key, plan.facts, time.monotonic() - started)
 
@@ -91,17 +97,25 @@ def in_the_making(
     making = store.folder / f".making-{uuid}"
     run = store.run / f"t-{uuid[:8]}"
     user = choose_user(host, shape)
+    owner = f"template:{making.name}"
+    things = ((Kind.DOMAIN, uuid), (Kind.TEMPLATE, making.name), (Kind.SOCKETS, run.name))
+    store.ledger.plan(owner, *things)
+    ended = False
     try:
         with disk_errors("making the template's files"), store.making(making):
             store.run.mkdir(mode=0o711, parents=True, exist_ok=True)
             own_folder(making, user)
             own_folder(run, user)
+            failpoint("template.folders")
             yield uuid, making, run, user
     finally:
         with suppress(VmsandboxError):
             host.destroy(uuid)
+            ended = True
         shutil.rmtree(making, ignore_errors=True)
         shutil.rmtree(run, ignore_errors=True)
+        if ended:
+            store.ledger.gone(owner, *things)
 
 
 def _domain_plan(plan: TemplatePlan, uuid: str, making: Path, run: Path, user: tuple[int, int] | None) -> DomainPlan:

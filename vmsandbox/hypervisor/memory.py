@@ -135,8 +135,9 @@ def _find_sealed(template: Template, live: Path) -> int | None:
             if record["template"] != template.key:
                 continue
             pids = [record["pid"]]
-            with suppress(OSError, ValueError):
-                pids.append(int((record_path.parent / "qemu.pid").read_text()))
+            for pid_file in record_path.parent.glob("qemu-*.pid"):
+                with suppress(OSError, ValueError):
+                    pids.append(int(pid_file.read_text()))
             for pid in pids:
                 if (fd := _open_inode(pid, record["device"], record["inode"])) is not None:
                     return fd

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vmsandbox.errors import GuestError, RefusedError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import ControlPort, PortClosedError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.files import fill_sparse, new_sparse, sha256_of
@@ -96,10 +97,14 @@ def _make(host: Host, tailor: TailorPlan, store: TemplateStore, programs: Progra
         )
         with monitor.step(f"making template {tailor.key[:12]} (first use of this policy)"):
             _prepare_files(tailor, domain, programs, user)
+            failpoint("tailor.files")
             host.create(render_domain(domain), paused=True)
+            failpoint("tailor.guest")
             _tell(host, domain, tailor, monitor)
+            failpoint("tailor.told")
             freeze(host, uuid, making / STATE)
             host.destroy(uuid)
+            failpoint("tailor.ended")
             return publish(store, making, tailor.key, plan.facts, time.monotonic() - started, tailor.base)
 
 

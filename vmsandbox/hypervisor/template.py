@@ -20,8 +20,10 @@ from typing import Any
 
 from vmsandbox.errors import ImageError
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
-from vmsandbox.hypervisor.launch import Machine, disk_errors
+from vmsandbox.hypervisor.launch import Machine, create_overlay, disk_errors
+from vmsandbox.ledger.book import Ledger
 from vmsandbox.paths import Layout
+from vmsandbox.process import Programs
 from vmsandbox.render import domain as domain_module
 from vmsandbox.render import seed as seed_module
 from vmsandbox.spec import Accelerator, GuestShape
@@ -99,6 +101,11 @@ class Template:
     base: Template | None = None
 
     @property
+    def published_key(self) -> str:
+        """The key of what `TemplateStore` has of it."""
+        return self.key
+
+    @property
     def disk(self) -> Path:
         """qcow2 overlay on what is below: what the first boot, or the tailoring, wrote."""
         return self.folder / DISK
@@ -123,6 +130,10 @@ class Template:
         """The image's initramfs with the seed appended."""
         return self.folder / INITRD
 
+    def make_disk(self, path: Path, programs: Programs) -> None:
+        """A fork's own disk, which stands on `disks`. Raises HostError, OSError."""
+        create_overlay(programs, path, self.disk, "qcow2")
+
 
 class TemplateStore:
     """The templates on this host."""
@@ -130,9 +141,12 @@ class TemplateStore:
     def __init__(self, layout: Layout) -> None:
         self.folder = layout.templates
         self.run = layout.run
+        self.ledger = Ledger.of(layout)
 
-    def find(self, key: str) -> Template | None:
+    def find(self, key: str, *, thoroughly: bool = False) -> Template | None:
         """The template with this key if it is there and unchanged since it was frozen.
+
+        thoroughly: by the digests of its bytes, also where the files' stamps say that nobody wrote to them.
 
         Raises:
             ImageError: a file of it was changed.
@@ -142,18 +156,13 @@ class TemplateStore:
             manifest = json.loads((folder / "manifest.json").read_text())
         except OSError:
             return None
-        for name, stamp in manifest["stamps"].items():
-            try:
-                same = list(stamp_of(folder / name)) == stamp
-            except OSError:
-                same = False
-            if not same and not self._same_content(folder, name, manifest):
-                raise ImageError(
-                    f"the template {key[:12]} was changed after it was made",
-                    details=f"{folder / name} does not have the digest in its manifest",
-                    resolution="`vmsandbox gc --templates` removes it; the next session makes a new one",
-                )
-        base = self.find(manifest["base"]) if manifest.get("base") else None
+        if changed := changed_file(folder, manifest, sha256_of, thoroughly):
+            raise ImageError(
+                f"the template {key[:12]} was changed after it was made",
+                details=f"{changed} does not have the digest in its manifest",
+                resolution="`vmsandbox gc --templates` removes it; the next session makes a new one",
+            )
+        base = self.find(manifest["base"], thoroughly=thoroughly) if manifest.get("base") else None
         if manifest.get("base") and base is None:
             return None
         with suppress(OSError):
@@ -166,11 +175,6 @@ class TemplateStore:
             base = json.loads((self.folder / key / "manifest.json").read_text()).get("base")
             return base if isinstance(base, str) else None
         return None
-
-    def _same_content(self, folder: Path, name: str, manifest: dict[str, dict[str, str]]) -> bool:
-        """A copied or restored folder has new stamps but may hold the same bytes."""
-        path = folder / name
-        return path.is_file() and not path.is_symlink() and sha256_of(path) == manifest["digests"][name]
 
     def list(self) -> list[Path]:
         """Folders of the published templates."""
@@ -209,6 +213,26 @@ class TemplateStore:
             yield
         finally:
             os.close(fd)
+
+
+def changed_file(
+    folder: Path, manifest: dict[str, Any], digest_of: Callable[[Path], str], always: bool = False
+) -> Path | None:
+    """The first file of a folder that is not what its manifest says (`stamps`, `digests`), None if all are.
+
+    Stamps are looked at first: a copied or restored folder has new ones but may hold the same bytes.
+
+    always: work out the digests whatever the stamps say.
+    """
+    for name, stamp in manifest["stamps"].items():
+        path: Path = folder / name
+        with suppress(OSError):
+            if not always and list(stamp_of(path)) == stamp:
+                continue
+            if path.is_file() and not path.is_symlink() and digest_of(path) == manifest["digests"][name]:
+                continue
+        return path
+    return None
 
 
 def _digests_below(folder: Path) -> dict[str, str]:

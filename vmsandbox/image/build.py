@@ -8,6 +8,7 @@ killed one leaves is removed by the next builder or by `gc`.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vmsandbox.errors import HostError, ImageError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.image.debian import BuildPlaces, Mirrors, make_parts
 from vmsandbox.image.initramfs import small_initramfs
 from vmsandbox.image.manifest import (
@@ -37,6 +39,7 @@ from vmsandbox.image.manifest import (
 from vmsandbox.image.recipe import Recipe, build_script
 from vmsandbox.image.sbom import parse_packages, sbom
 from vmsandbox.image.store import BUILDING, CURRENT, SCRATCH_NOTE, ImageStore, check_raw_ext4, remove_building
+from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
@@ -69,7 +72,7 @@ def build_image(recipe: Recipe, layout: Layout, programs: Programs, monitor: Mon
             return meanwhile
         for stale in store.prune_building_of(recipe.name):
             monitor.notice(f"removed what an interrupted build left: {stale}")
-        with _building_folder(parent) as building:
+        with _building_folder(parent, Ledger.of(layout)) as building:
             with monitor.step(f"building image {recipe.name}"):
                 facts = _fill(building, recipe, layout, programs, monitor)
             with monitor.step(f"publishing image {recipe.name}"):
@@ -99,15 +102,20 @@ def _same_inputs(store: ImageStore, recipe: Recipe) -> Image | None:
 
 
 @contextmanager
-def _building_folder(parent: Path) -> Iterator[Path]:
+def _building_folder(parent: Path, ledger: Ledger) -> Iterator[Path]:
     """A folder beside the published ones; gone at the end, whatever happens, unless it was renamed."""
-    building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
+    building = parent / f"{BUILDING}{secrets.token_hex(8)}"
+    thing = (Kind.IMAGE, f"{parent.name}/{building.name}")
+    ledger.plan(f"image:{parent.name}", thing)
     try:
+        building.mkdir(mode=0o700)
         building.chmod(0o711)  # apt's own user works below it
+        failpoint("build.folder")
         yield building
     finally:
         if building.exists():
             remove_building(building)
+        ledger.gone(f"image:{parent.name}", thing)
 
 
 @contextmanager
@@ -143,9 +151,12 @@ def _fill(building: Path, recipe: Recipe, layout: Layout, programs: Programs, mo
             _need_space(folder)
         places = BuildPlaces(parts, scratch, cache, packages, unprivileged)
         make_parts(recipe, Mirrors.of(recipe, os.environ), places, programs, monitor)
+        failpoint("build.parts")
     _keep_packages(packages, cache)
+    failpoint("build.packages")
     monitor.progress(1, 1, "initramfs, package list, digests")
     facts = _assemble(building, parts, recipe)
+    failpoint("build.assembled")
     shutil.rmtree(parts)
     shutil.rmtree(packages)
     for name in (*FILES, MANIFEST):
@@ -153,6 +164,7 @@ def _fill(building: Path, recipe: Recipe, layout: Layout, programs: Programs, mo
         _to_disk(building / name)
     building.chmod(0o755)
     _to_disk(building)
+    failpoint("build.durable")
     return facts
 
 
@@ -211,10 +223,13 @@ def _publish(building: Path, facts: ImageFacts, store: ImageStore) -> None:
         if target.exists():
             target.rename(Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent)) / "damaged")
         building.rename(target)
+        failpoint("build.renamed")
     link = parent / _NEXT
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
+    failpoint("build.linked")
     link.replace(parent / CURRENT)
+    failpoint("build.published")
     _to_disk(parent)
     store.prune_building_of(facts.name)
 

@@ -89,6 +89,48 @@ class GuestReady(Event):
 
 
 @dataclass(frozen=True)
+class SnapshotTaken(Event):
+    """The guest's memory and disk were kept. parent: the snapshot before. pause: seconds that the guest stood still."""
+
+    kind: ClassVar[str] = "snapshot.taken"
+    tag: str
+    parent: str | None
+    bytes: int
+    pause: float
+
+
+@dataclass(frozen=True)
+class SnapshotRemoved(Event):
+    """A snapshot was deleted; `bytes` of the host's disk are free again."""
+
+    kind: ClassVar[str] = "snapshot.removed"
+    tag: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """Another guest, made of this snapshot, has taken the session's place. uuid: its own."""
+
+    kind: ClassVar[str] = "session.rolledback"
+    tag: str
+    uuid: str
+    verified: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ForkedFrom(Event):
+    """The guest began as a snapshot of another session. digest: of the snapshot's memory. project: what lies in it."""
+
+    kind: ClassVar[str] = "session.forked"
+    session: str
+    tag: str
+    digest: str
+    project: str | None
+
+
+@dataclass(frozen=True)
 class ProjectPushed(Event):
     """A project was copied in; `manifest` is the digest of the manifest kept beside the journal."""
 
@@ -190,6 +232,23 @@ class GuestThawed(Event):
 
 
 @dataclass(frozen=True)
+class GuestPaused(Event):
+    """QEMU has stopped the guest at a write that failed. free: bytes that the host's disk had then."""
+
+    kind: ClassVar[str] = "guest.paused"
+    reason: str
+    free: int
+
+
+@dataclass(frozen=True)
+class GuestResumed(Event):
+    """There is room again, and a guest that was paused for lack of it goes on."""
+
+    kind: ClassVar[str] = "guest.resumed"
+    free: int
+
+
+@dataclass(frozen=True)
 class LimitReached(Event):
     """A limit of the policy was met. time, idle (seconds): the session ends. output (bytes): the command was ended."""
 
@@ -228,6 +287,26 @@ class SessionFailed(Event):
     kind: ClassVar[str] = "session.failed"
     brief: str
     details: str
+
+
+@dataclass(frozen=True)
+class BaselineProven(Event):
+    """Image and template are as before the session; what the host has of it is, too: nothing after its end.
+
+    digest: of what was compared; files: of image and template.
+    """
+
+    kind: ClassVar[str] = "baseline.proven"
+    digest: str
+    files: int
+
+
+@dataclass(frozen=True)
+class BaselineDiffers(Event):
+    """Something is not as it was before the session (or its rollback), or something of it is left."""
+
+    kind: ClassVar[str] = "baseline.differs"
+    differences: list[str]
 
 
 @dataclass(frozen=True)

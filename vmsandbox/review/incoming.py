@@ -28,6 +28,8 @@ KINDS = (SECRETS, INSTRUCTIONS, SETTINGS)
 MOST = 8 << 20  # bytes of one file that are looked at
 _LINES = 10  # findings of one kind in one file that are named
 _KEPT = 10_000  # findings that are kept; all are counted
+_BETWEEN = b"\x01"  # stands for what is between the texts of a binary
+_BINARY = bytes(ord("\n") if code in b"\r\v\f" else code if 0 < code < 0x80 else _BETWEEN[0] for code in range(256))
 _BEGINNING = 8192  # bytes: a NUL in them says that it is no text (git's own rule has 8000)
 
 
@@ -122,15 +124,27 @@ def _scan(path: str, data: bytes, is_instructions: bool, settings: list[Settings
 
 
 def _secrets(path: str, data: bytes) -> Iterator[Found]:
-    text, has_lines = data, True
-    if b"\0" in data or not data.isascii():
-        if data.count(0) * 3 < len(data):
-            data = data.replace(b"\0", b"\x01")  # between the texts of a binary; in UTF-16 it is every second byte
-        text, why_binary = as_utf8(data)
-        has_lines = why_binary is None and b"\x01" not in text
-    found = secrets_in(one_line_end(text), _LINES + 1)
-    rows = (Found(SECRETS, path, _line(text, one.start) if has_lines else None, one.name) for one in found)
+    text, has_lines = _searchable(data)
+    rows = (
+        Found(SECRETS, path, _line(text, one.start) if has_lines else None, one.name)
+        for one in secrets_in(one_line_end(text), _LINES + 1)
+    )
     return _first(rows, SECRETS, path)
+
+
+def _searchable(data: bytes) -> tuple[bytes, bool]:
+    """Where secrets are looked for, and whether it has lines as a person sees them."""
+    if data.isascii() and b"\0" not in data:
+        return data, True
+    if data.count(0) * 3 >= len(data):  # UTF-16: every second byte
+        return as_utf8(data).data, False
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        # Secrets are ASCII; nearly all bytes that go in may be those of images and archives.
+        return data.translate(_BINARY), False
+    text = data.replace(b"\0", _BETWEEN)
+    return text, _BETWEEN not in text
 
 
 def _hidden(path: str, data: bytes) -> Iterator[Found]:

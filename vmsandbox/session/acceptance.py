@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from vmsandbox.apply.transaction import Applied, apply
 from vmsandbox.errors import RefusedError, UserInputError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.journal import events
+from vmsandbox.ledger.book import Kind, LedgerError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.return_rules import exceeds
@@ -160,9 +163,15 @@ def accept(returned: Returned, selection: Selection, by: str, attended: bool = F
     with (record.folder / "accepted.jsonl").open("a") as file:
         file.write(_line(selection, by, todo))
     record.journal.append(events.ChangesAccepted(selection.digest, by, len(paths), paths[:100]))
+    applying = (Kind.APPLY, str(returned.project))
+    with suppress(LedgerError):  # the record and the journal beside the project say it, too
+        record.ledger.plan(record.id, applying)
     done = apply(returned.project, todo, BothContents(returned.quarantine, returned.old), label=record.id)
+    failpoint("accept.applied")
     record.set_base(_with(returned.base, todo))
+    failpoint("accept.recorded")
     record.journal.append(events.ChangesApplied(selection.digest, len(paths)))
+    record.ledger.gone(record.id, applying)
     return done
 
 

@@ -16,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from vmsandbox.errors import HostError
+from vmsandbox.errors import HostError, VmsandboxError
+from vmsandbox.ledger.book import Kind, Ledger
+from vmsandbox.ledger.processes import Process, process_started
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder, process_started
+from vmsandbox.session.folder import SessionFolder
 
 END_SECONDS = 8.0
 # The code of this very installation, found first; everything else as for the program itself.
@@ -46,12 +48,16 @@ def start_background(
     try:
         record = json.dumps({"pid": pid, "started": process_started(pid) or 0})
         (folder.path / f"{kind}.json").write_text(record)
+        Ledger.of(folder.layout).plan(folder.info().id, (Kind.PROCESS, f"{Process.of(pid)} {kind}"))
         view = memoryview(json.dumps({**told, "layout": layout, "name": folder.name}).encode() + b"\n")
         while view:
             view = view[to.write(view) :]
     except OSError as error:
         to.close()  # it ends at the end of its input
         raise HostError(f"the session's {kind} did not start", details=str(error)) from error
+    except VmsandboxError:
+        to.close()
+        raise
     return pid, to, said
 
 

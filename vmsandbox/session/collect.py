@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmsandbox.errors import GuestError, UserInputError, VmsandboxError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.journal import events
 from vmsandbox.process import Programs
 from vmsandbox.receive.protocol import ReturnLimits
@@ -87,6 +88,7 @@ def _collect(sandbox: Sandbox, record: Path, limits: ReturnLimits | None, progra
     fresh = record / f"quarantine.{secrets.token_hex(4)}"
     baseline = baseline_file(sandbox)
     with sandbox.monitor.step("fetching what the guest made of the project"):
+        failpoint("return.begun")
         channel = sandbox.shell().start([SENDER, sandbox.info.guest_folder], plumbing=True)
         try:
             pushed_file = record / "pushed.jsonl"
@@ -101,7 +103,9 @@ def _collect(sandbox: Sandbox, record: Path, limits: ReturnLimits | None, progra
             raise _with_last_words(error, channel) from error
         finally:
             channel.close()
+    failpoint("return.received")
     quarantine = _publish(received.quarantine, record / "quarantine")
+    failpoint("return.published")
     refused = _refused(pushed, received)
     seconds = round(time.monotonic() - began, 3)
     sandbox.journal.append(
@@ -159,6 +163,7 @@ def _publish(quarantine: Quarantine, place: Path) -> Quarantine:
     old = place.with_name(f"{quarantine.folder.name}.old")
     if place.exists():
         place.rename(old)
+        failpoint("return.half-published")
     quarantine.folder.rename(place)
     shutil.rmtree(old, ignore_errors=True)
     return Quarantine(place, quarantine.manifest, quarantine.digest)

@@ -26,7 +26,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.egress import Egress, EgressPlan
 from vmsandbox.session.filtered import reopen_card
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.folder import SessionFolder, SessionInfo, guests_of
 from vmsandbox.session.keeper import FORWARDS, GO
 from vmsandbox.spec import WORKER, NetworkMode
 
@@ -88,20 +88,20 @@ def _keep(told: dict[str, Any], ending: int, log: _Log) -> None:
             os.close(0)
             os.open(os.devnull, os.O_RDONLY)
             if card is None:
-                _forward(folder, egress, ending, log)
+                _forward(folder, info, egress, ending, log)
             else:
                 egress.watch(card)
                 _tell(FORWARDS)
-                _outlast(folder, ending)
+                _outlast(folder, info, ending)
     finally:
         egress.close()
         if card is not None:
             card.close()
 
 
-def _outlast(folder: SessionFolder, ending: int) -> None:
+def _outlast(folder: SessionFolder, info: SessionInfo, ending: int) -> None:
     """Until the guest is gone or someone asks for the end: a card is watched also when its broker has ended."""
-    qemu = os.pidfd_open(int((folder.path / "qemu.pid").read_text()))
+    qemu = os.pidfd_open(folder.qemu_pid(info))
     try:
         while not _any(_LOOK, qemu, ending):
             pass
@@ -109,11 +109,10 @@ def _outlast(folder: SessionFolder, ending: int) -> None:
         os.close(qemu)
 
 
-def _forward(folder: SessionFolder, egress: Egress, ending: int, log: _Log) -> None:
+def _forward(folder: SessionFolder, info: SessionInfo, egress: Egress, ending: int, log: _Log) -> None:
     """Until the guest is gone, the broker is, or someone asks for the end; a connection that breaks is made again."""
-    qemu = os.pidfd_open(int((folder.path / "qemu.pid").read_text()))
     told = False
-    try:
+    for qemu in guests_of(folder, info):
         while egress.alive and not _any(0, qemu, ending):
             with ExitStack() as connection:
                 try:
@@ -134,8 +133,8 @@ def _forward(folder: SessionFolder, egress: Egress, ending: int, log: _Log) -> N
                     log.warning("the connection to the guest broke: the keeper logs in again")
                     # A guest that hangs up at once must not keep this host busy with handshakes.
                     _any(_PATIENCE if time.monotonic() - began < _PATIENCE else 0, qemu, ending)
-    finally:
-        os.close(qemu)
+        if not egress.alive or _any(0, ending):
+            return
 
 
 def _login(folder: SessionFolder, connection: ExitStack) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 
 from vmsandbox.broker.start import Listeners
 from vmsandbox.errors import HostError, RefusedError, VmsandboxError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.cardwatch import CardWatch, guest_runs
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.expected import ExpectedDevices
@@ -39,6 +40,7 @@ from vmsandbox.hypervisor.network import (
     routed_networks,
     stray_names,
 )
+from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
@@ -144,7 +146,7 @@ class Card:
                 sock.close()
 
     def _guest_runs(self) -> bool:
-        return guest_runs(self._info.uuid, self._folder.path / "qemu.pid")
+        return guest_runs(self._info.uuid, self._folder.pid_file(self._info))
 
     def _freeze(self, reason: str) -> bool:
         """Stop the guest: by libvirt, else its process. False if it is gone by itself."""
@@ -164,7 +166,7 @@ class Card:
 
     def _stop_process(self) -> None:
         with suppress(OSError, ValueError):
-            pid = int((self._folder.path / "qemu.pid").read_text())
+            pid = self._folder.qemu_pid(self._info)
             descriptor = os.pidfd_open(pid)
             try:
                 if self._guest_runs():
@@ -186,8 +188,10 @@ def open_card(folder: SessionFolder, info: SessionInfo, programs: Programs, host
         addresses = choose_addresses(seed, routed_networks(programs))
         plan = CardPlan(info.id, folder.layout.live, *addresses)
         _write_down(folder, plan)
+        Ledger.of(folder.layout).plan(info.id, (Kind.NETWORK, plan.name))
         try:
             make_network(host, plan, programs)
+            failpoint("card.made")
             return Card(folder, info, plan, programs)
         except BaseException as error:
             remove_network(host, plan.name, programs)
@@ -233,6 +237,7 @@ def remove_card(folder: SessionFolder, info: SessionInfo, programs: Programs | N
         name = CardPlan(info.id, folder.layout.live, "", "").name
         if left := remove_network(host, name, programs or Programs()):
             raise HostError("the session's network could not be removed", details="; ".join(left))
+        Ledger.of(folder.layout).gone(info.id, (Kind.NETWORK, name))
     finally:
         host.close()
 

@@ -1,25 +1,30 @@
 """A session's folders on the host, and who may use which port.
 
 `live/<name>/` is made before anything else of a session and removed after everything else: its existence is the
-claim on the name and the record from which `gc` cleans up after a crash. `records/<id>/` stays.
+claim on the name, and its record says what the session is and who has to end it. What of it may still be there when
+the folder is not, the ledger knows (`vmsandbox.ledger`). `records/<id>/` stays.
 
     live/<name>/session.json    what the session is made of (written before its domain exists)
     live/<name>/id_ed25519      the session's private SSH key (0600)
     live/<name>/known_hosts     the host key that the guest was given
     live/<name>/memory.json     the inode of the sealed memory it maps, if it does
-    live/<name>/qemu.pid        its QEMU process
+    live/<name>/qemu-<6>.pid    its QEMU process (<6>: the end of the guest's UUID, also below)
+    live/<name>/next.json       while the session is rolled back: the record of the guest that comes
+    live/<name>/snapshots/      one folder for each snapshot
     live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in;
                                 port.ask: that answers what the guest asks
+    live/<name>/made.json       what its guest was made of (vmsandbox.session.made)
     live/<name>/baseline        what the guest listed right after the push (untrusted)
-    live/<name>/vm/             QEMU's own files: disk overlay, memory copy
+    live/<name>/vm-<6>/         QEMU's own files: disk overlay, memory copy
     live/<name>/keeper.json     the process that keeps its network (start --net proxy)
     live/<name>/keeper.log      what that process had to say
     live/<name>/watcher.json    the process that ends it at its limits and runs its health check; watcher.log
     live/<name>/activity        its time of change: when something was last done in the session, if it has an idle limit
     live/<name>/health.json     what its health check last said
     live/<name>/frozen          why its processors were stopped, while they are
-    run/<name>-<6 digits>/      sockets (the digits are the end of its id)
+    run/<name>-<6>/             sockets
     run/<name>.net/             the broker's socket, where QEMU's user cannot look
+    ledger.sqlite               beside live/: the ledger of all sessions
     records/<id>/events.jsonl   the journal
     records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
     records/<id>/pushed.jsonl   manifest of what was copied in
@@ -47,10 +52,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.ask import AskPort
 from vmsandbox.guest.bulk import BulkPort
 from vmsandbox.journal.chain import Journal
+from vmsandbox.ledger.processes import Process, process_started
 from vmsandbox.paths import Layout, checked_session_name
+
+_NEXT = "next.json"
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,25 @@ class SessionInfo:
     network: str = "none"
     output_bytes: int | None = None
 
+    def is_recorded_in(self, folder: Path) -> bool:
+        """Whether a folder is this session's; one whose record cannot be read may be."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return bool(json.loads((folder / "session.json").read_text())["id"] == self.id)
+        return True
+
     @property
     def owner_is_alive(self) -> bool:
         """Whether the owning process still runs (a kept session has none)."""
         return self.owner_pid > 0 and process_started(self.owner_pid) == self.owner_started
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """A session between two guests (`live/<name>/next.json`): its record before, and with the guest that comes."""
+
+    before: SessionInfo
+    coming: SessionInfo
+    tag: str
 
 
 @dataclass(frozen=True)
@@ -112,30 +136,46 @@ class SessionFolder:
         return self.sockets(self.info())
 
     def sockets(self, info: SessionInfo) -> Path:
-        """The same, of a known session.
+        """The same, of a known guest.
 
-        Each session has its own, also where a name is used again: libvirt removes a guest's sockets by their paths, and
-        may do so seconds after the guest's end.
+        Each guest has its own, also where a name is used again or the session was rolled back: libvirt removes a
+        guest's sockets by their paths, and may do so seconds after the guest's end.
         """
-        return self.layout.run / f"{self.name}-{info.id[-6:]}"
+        return self.layout.run / f"{self.name}-{info.uuid[-6:]}"
 
     def all_sockets(self) -> list[Path]:
         """The folders of sockets that sessions of this name may have left."""
         return sorted(self.layout.run.glob(self.name + "-" + "[0-9a-f]" * 6))
 
+    def vm(self, info: SessionInfo) -> Path:
+        """Files that a guest's QEMU opens."""
+        return self.path / f"vm-{info.uuid[-6:]}"
+
+    def pid_file(self, info: SessionInfo) -> Path:
+        """Where the number of a guest's QEMU process is written down."""
+        return self.path / f"qemu-{info.uuid[-6:]}.pid"
+
+    def qemu_pid(self, info: SessionInfo) -> int:
+        """It. Raises OSError or ValueError where it is not known."""
+        return int(self.pid_file(info).read_text())
+
     @property
-    def vm(self) -> Path:
-        """Files that QEMU opens."""
-        return self.path / "vm"
+    def snapshots(self) -> Path:
+        """The folder of its snapshots."""
+        return self.path / "snapshots"
 
     def claim(self, info: SessionInfo) -> None:
         """Take the name. Raises UserInputError if it is taken, HostError if the disk is full or read-only."""
-        staged = self.layout.live / f".{self.name}.{secrets.token_hex(4)}"
+        # Whose it is, so that `gc` leaves a claim alone that is being made at this moment.
+        me = Process.here()
+        staged = self.layout.live / f".{self.name}.{me.pid}.{me.started}.{secrets.token_hex(4)}"
         try:
             for parent in (self.layout.live, self.layout.run):
                 parent.mkdir(mode=0o711, parents=True, exist_ok=True)
             staged.mkdir(mode=0o711)
+            failpoint("claim.staged")
             _write(staged / "session.json", asdict(info))
+            failpoint("claim.written")
             # A rename to a folder that exists and is not empty fails: one of two claims wins.
             staged.rename(self.path)
         except OSError as error:
@@ -150,6 +190,7 @@ class SessionFolder:
                 details=str(error),
                 resolution="`vmsandbox gc` gives space back; `vmsandbox doctor` shows what there is",
             ) from error
+        failpoint("claim.made")
 
     def info(self) -> SessionInfo:
         """What was written down. Raises UserInputError if there is no such session."""
@@ -170,6 +211,29 @@ class SessionFolder:
         """Write the record anew, in one step."""
         _write(self.path / "session.json", asdict(info))
 
+    def begin_halfway(self, halfway: Halfway) -> None:
+        """Write down that another guest is made for the session. Raises OSError."""
+        _write(self.path / _NEXT, asdict(halfway))
+
+    def end_halfway(self) -> None:
+        """One of the two guests is gone, and all of it."""
+        (self.path / _NEXT).unlink(missing_ok=True)
+
+    def halfway(self) -> Halfway | None:
+        """What `begin_halfway` wrote down. Raises HostError if it cannot be read."""
+        path = self.path / _NEXT
+        try:
+            written = json.loads(path.read_text())
+            return Halfway(SessionInfo(**written["before"]), SessionInfo(**written["coming"]), str(written["tag"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HostError(
+                f"the record of a rollback of session {self.name!r} cannot be read",
+                details=f"{path}: {error}",
+                resolution=f"`vmsandbox stop {self.name}` removes the session",
+            ) from error
+
     @property
     def identity_file(self) -> Path:
         """The session's private key, as OpenSSH's clients take it."""
@@ -187,8 +251,8 @@ class SessionFolder:
 
     def save_keys(self, keys: SessionKeys) -> None:
         """Keep the keys for later commands."""
-        _write_text(self.known_hosts_file, f"{self.ssh_host} {keys.host_key}\n")
-        _write_text(self.identity_file, keys.user_key)
+        write_text(self.known_hosts_file, f"{self.ssh_host} {keys.host_key}\n")
+        write_text(self.identity_file, keys.user_key)
 
     def keys(self) -> SessionKeys:
         """The keys. Raises GuestError while the session is still starting."""
@@ -295,25 +359,33 @@ def live_sessions(layout: Layout) -> list[SessionFolder]:
     return [SessionFolder(layout, path.name) for path in sorted(layout.live.iterdir()) if path.name[0] != "."]
 
 
+def guests_of(folder: SessionFolder, info: SessionInfo) -> Iterator[int]:
+    """A descriptor (pidfd) of a session's QEMU process; when it is asked for the next, that of the guest which came in
+    its place, if the session was rolled back. Raises OSError or ValueError where it is not known or gone.
+    """
+    while True:
+        descriptor = os.pidfd_open(folder.qemu_pid(info))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        before = info
+        with suppress(GuestError, HostError, UserInputError):
+            info = folder.info()
+        if info.id != before.id or info.uuid == before.uuid:
+            return
+
+
 def new_session_id(name: str) -> str:
     """An identifier that sorts by time: "20260102-150405-name-1a2b3c"."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{secrets.token_hex(3)}"
 
 
-def process_started(pid: int) -> int | None:
-    """A process's start time in clock ticks since boot (field 22 of /proc/PID/stat), None if it is gone."""
-    with suppress(OSError, ValueError, IndexError):
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        return None if fields[0] == "Z" else int(fields[19])
-    return None
-
-
 def _write(path: Path, value: dict[str, object]) -> None:
-    _write_text(path, json.dumps(value, indent=1, sort_keys=True))
+    write_text(path, json.dumps(value, indent=1, sort_keys=True))
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file of ours in one step: a reader sees the old or the new one, and nobody else sees either."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -1,7 +1,9 @@
 """Removes what crashed processes left behind, by identity and never by name or age alone.
 
 A session is garbage when the process that had to end it is gone, or its guest is. A template or image in the making
-is garbage when nobody holds its lock. Everything that is alive is left alone; running it twice is harmless.
+is garbage when nobody holds its lock. What has lost the folder that it belonged to is found by the ledger; if that
+cannot be read, nothing is removed that might be somebody's. Everything that is alive is left alone; running it twice,
+also at once, is harmless.
 """
 
 from __future__ import annotations
@@ -11,67 +13,121 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmsandbox.errors import VmsandboxError
+from vmsandbox.errors import HostError, VmsandboxError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.template import TemplateStore
 from vmsandbox.image.store import ImageStore
+from vmsandbox.ledger.admission import drop_dead, someone_is_starting
+from vmsandbox.ledger.book import Ledger, LedgerError, Row
+from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
+from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
+from vmsandbox.session.orphans import Removed, applied_to, forget_applied, orphans, owned_guests, remove_orphan
+from vmsandbox.session.quotas import make_room, remove_old_records
+from vmsandbox.session.recovery import recovered_guests
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
 
 UNUSED_TEMPLATE_DAYS = 30
+_LOCK = "gc.lock"
 
 
-@dataclass(frozen=True)
-class Removed:
-    """One thing that was removed (or could not be: `problem` says why)."""
-
-    kind: str
-    what: str
-    why: str
-    problem: str = ""
-
-
-def collect_garbage(layout: Layout, host: Host, *, all_templates: bool = False) -> list[Removed]:
+def collect_garbage(
+    layout: Layout, host: Host, *, all_templates: bool = False, older_than: float | None = None
+) -> list[Removed]:
     """Remove leftovers; returns what was done.
 
-    all_templates: also remove every template that no live session uses.
+    all_templates: also remove every template that no live session uses. older_than: also the records of sessions that
+    ended so many days ago.
     """
-    removed = list(_dead_sessions(layout))
-    removed += _stray_domains(layout, host)
-    removed += _stray_networks(layout, host)
-    removed += _unfinished_templates(layout)
-    removed += unused_templates(layout, all_templates)
-    removed += [
-        Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()
-    ]
-    removed += [Removed("record", *part) for part in parts_in_records(layout)]
-    removed += [Removed("project", *part) for part in unfinished_projects(layout)]
+    with _alone(layout):
+        ledger = Ledger.of(layout)
+        rows: list[Row] | None = None
+        removed: list[Removed] = []
+        with suppress(LedgerError):
+            rows = ledger.rows()
+        removed += _dead_sessions(layout, rows or [])
+        removed += [Removed("guest", *one) for one in recovered_guests(layout)]
+        failpoint("gc.sessions")
+        try:
+            rows = ledger.rows()
+            removed += _by_the_ledger(layout, host, ledger, rows)
+        except LedgerError as error:
+            why = "guests, networks and sockets without a session stay: they might be somebody's"
+            removed.append(Removed("ledger", str(ledger.path), why, f"{error.brief}: {error.details}"))
+        failpoint("gc.ledger")
+        removed += _unfinished_templates(layout)
+        removed += unused_templates(layout, all_templates)
+        removed += [
+            Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()
+        ]
+        removed += [Removed("record", *part) for part in parts_in_records(layout)]
+        applied = applied_to(rows or [])
+        removed += [Removed("project", *part) for part in unfinished_projects(layout, applied)]
+        forget_applied(layout, applied)
+        if older_than is not None:
+            removed += remove_old_records(layout, older_than)
+        removed += make_room(layout)
+        removed += _paused_guests(layout)
+        failpoint("gc.done")
     return removed
+
+
+@contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """One `gc` of an installation at a time: the next one finds what the one before could not remove, and no more."""
+    path = layout.ledger.with_name(_LOCK)
+    try:
+        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError("nothing can be removed here", details=str(error)) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _paused_guests(layout: Layout) -> Iterator[Removed]:
+    """Let guests go on that were paused because the disk was full, where nobody watches over them."""
+    for folder in live_sessions(layout):
+        with suppress(VmsandboxError, OSError):
+            if free_bytes(folder) >= ENOUGH_ROOM and go_on(folder, folder.info()):
+                yield Removed("pause", folder.name, "the disk was full, and has room again: the guest goes on")
+
+
+def _by_the_ledger(layout: Layout, host: Host, ledger: Ledger, rows: list[Row]) -> Iterator[Removed]:
+    for orphan in orphans(layout, rows):
+        yield from remove_orphan(layout, host, orphan)
+    yield from _stray_domains(layout, host, ledger)
+    yield from _stray_networks(layout, host)
+    drop_dead(ledger)
 
 
 def guest_is_alive(folder: SessionFolder, info: SessionInfo) -> bool:
     """Whether the session's own QEMU process runs."""
     with suppress(OSError, ValueError):
-        pid = int((folder.path / "qemu.pid").read_text())
+        pid = folder.qemu_pid(info)
         return info.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
-def _dead_sessions(layout: Layout) -> Iterator[Removed]:
+def _dead_sessions(layout: Layout, rows: list[Row]) -> Iterator[Removed]:
+    in_work = {row.session for row in rows if row.maker_is_alive}  # a rollback, between two guests
     for folder in live_sessions(layout):
         try:
             info = folder.info()
         except VmsandboxError as error:
             yield Removed("session", folder.name, "its record cannot be read", error.brief)
             continue
-        if info.owner_is_alive:
+        if info.owner_is_alive or info.id in in_work:
             continue
         if info.owner_pid > 0:
             why = "the process that ran it is gone"
@@ -80,18 +136,33 @@ def _dead_sessions(layout: Layout) -> Iterator[Removed]:
         else:
             continue
         yield Removed("session", folder.name, why, "; ".join(tear_down(layout, folder, info)))
-    for staged in layout.live.glob(".*"):  # a claim that was interrupted before it had a name
-        shutil.rmtree(staged, ignore_errors=True)
-        yield Removed("session", staged.name, "its claim was interrupted")
+    for staged in layout.live.glob(".*"):  # a claim, or an end, that was interrupted
+        if not _is_being_written(staged):
+            shutil.rmtree(staged, ignore_errors=True)
+            yield Removed("session", staged.name, "its claim was interrupted")
 
 
-def _stray_domains(layout: Layout, host: Host) -> Iterator[Removed]:
+def _is_being_written(staged: Path) -> bool:
+    """Whether the process whose claim (or end of a session) this is still runs: `.NAME.PID.START.xxxxxxxx`."""
+    with suppress(ValueError, IndexError):
+        _, _, pid, started, _ = staged.name.split(".")
+        return Process.of(int(pid)).started == int(started) > 0
+    return False
+
+
+def _stray_domains(layout: Layout, host: Host, ledger: Ledger) -> Iterator[Removed]:
     """Guests of this installation whose folder is gone, or whose template nobody is making."""
-    known = set()
+    # The guests first: one that is started meanwhile has its folder and its row before it is there.
+    domains = host.list_sessions(METADATA_NS)
+    known = owned_guests(ledger.rows())
     for folder in live_sessions(layout):
-        with suppress(VmsandboxError):
+        try:
             known.add(folder.info().uuid)
-    for domain in host.list_sessions(METADATA_NS):
+        except VmsandboxError:
+            # A damaged record: its guest may be any of them. `stop NAME` removes it, when a person says so.
+            name = f"vmsandbox-{folder.name}"
+            known |= {domain.uuid for domain in domains if domain.name[:-7] == name}
+    for domain in domains:
         if domain.home == str(layout.live) and domain.uuid not in known:
             why = "it belongs to no session"
         elif domain.home == str(layout.templates) and not _is_being_made(layout, domain.session_id):
@@ -148,11 +219,15 @@ def _unfinished_templates(layout: Layout) -> Iterator[Removed]:
 
 def unused_templates(layout: Layout, all_of_them: bool) -> Iterator[Removed]:
     """Remove the templates that no session uses: all, or those not used for long. A base stays with what it carries."""
+    store = TemplateStore(layout)
+    with suppress(LedgerError):
+        if all_of_them and someone_is_starting(store.ledger):
+            yield Removed("template", "all", "asked for", "a session is starting and may have found one: try again")
+            return
     in_use: set[str] = set()
     for folder in live_sessions(layout):
         with suppress(VmsandboxError):
             in_use.add(folder.info().template)
-    store = TemplateStore(layout)
     in_use |= {base for key in in_use if (base := store.base_of(key))}
     # Those that were tailored first: a base that is kept for one of them is looked at after it.
     for path in sorted(store.list(), key=lambda path: store.base_of(path.name) is None):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vmsandbox.errors import HostError, RefusedError, UserInputError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.git.giving import SNAPSHOT_BYTES, GuestRepository, Snapshot, history, snapshot
 from vmsandbox.guest.pack import Files, pack_files
 from vmsandbox.policy.denied import DeniedPaths
@@ -120,6 +121,7 @@ def give_history(
             return None
         repository, mode = made
         _send(sandbox, repository, info.guest_folder)
+        failpoint("push.history")
     return _given(record, mode, repository)
 
 

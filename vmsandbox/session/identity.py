@@ -20,6 +20,25 @@ from vmsandbox.session.folder import SessionKeys
 SEED_BYTES = 64  # twice what the kernel's generator holds
 
 
+def go_on_as(control: ControlPort, deadline: float) -> str:
+    """A guest that comes from a snapshot of its own session: fresh random state and clock; its (untrusted) machine id.
+
+    Its keys, and what is written on the host of them, stay.
+
+    Raises:
+        GuestError: it did not answer in `deadline` seconds, or could not do it.
+    """
+    try:
+        untrusted = control.request("again", deadline=deadline, **_of_this_moment())
+    finally:
+        control.close()
+    return str(untrusted.get("machine_id"))[:64]
+
+
+def _of_this_moment() -> dict[str, Any]:
+    return {"seed": base64.b64encode(os.urandom(SEED_BYTES)).decode(), "clock_ns": time.time_ns()}
+
+
 def give_identity(
     control: ControlPort,
     hostname: str,
@@ -44,8 +63,7 @@ def give_identity(
         untrusted = control.request(
             "identity",
             deadline=deadline,
-            seed=base64.b64encode(os.urandom(SEED_BYTES)).decode(),
-            clock_ns=time.time_ns(),
+            **_of_this_moment(),
             hostname=hostname,
             machine_id=machine_id,
             boot_id=str(uuids.uuid4()),

@@ -11,9 +11,12 @@ from vmsandbox.hypervisor.isolation import Isolation, assess, pid_file, read_pid
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal
+from vmsandbox.ledger.admission import QEMU
+from vmsandbox.ledger.book import Kind, Ledger
+from vmsandbox.ledger.processes import Process
 from vmsandbox.policy.values import Policy
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.plan import Prepared
 from vmsandbox.session.sizes import refuse_grade
 
@@ -25,7 +28,7 @@ def inspect_guest(
     live_xml: str,
     folder: SessionFolder,
     journal: Journal,
-    network: str,
+    info: SessionInfo,
     policy: Policy,
 ) -> Isolation:
     """Check a paused guest and write down what it is.
@@ -35,14 +38,15 @@ def inspect_guest(
     """
     check_live_xml(live_xml, ExpectedDevices.of(plan))
     pid = read_pid_file(pid_file(host.uri, plan.name))
-    (folder.path / "qemu.pid").write_text(str(pid))
+    folder.pid_file(info).write_text(str(pid))
+    Ledger.of(folder.layout).plan(plan.session_id, (Kind.PROCESS, f"{Process.of(pid)} {QEMU}"))
     isolation = assess(live_xml, pid, uri=host.uri, kvm=prepared.kvm)
     journal.append(
         events.ForkStarted(
             image=prepared.image.name,
             image_digest=prepared.image.digest,
             template=prepared.template.key,
-            network=network,
+            network=info.network,
             vcpus=plan.shape.vcpus,
             memory_mib=plan.shape.memory_mib,
         )

@@ -80,10 +80,13 @@ def limited(sandbox: Sandbox) -> Iterator[Meter]:
     Raises:
         LimitReachedError: instead of the error that the session's end caused.
     """
+    from vmsandbox.session.disk_watch import DiskWatch
+
     meter = Meter(sandbox)
     meter.note()
     try:
-        yield meter
+        with DiskWatch(sandbox.folder, sandbox.info, sandbox.monitor.warning):
+            yield meter
     except GuestError as error:
         if reached := ended_by_limit(sandbox.folder, sandbox.info):
             raise reached from error

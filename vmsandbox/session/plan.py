@@ -50,6 +50,14 @@ _ALLOWED = {
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The snapshot that a session begins as. tag: None for its session's start."""
+
+    name: str
+    tag: str | None
+
+
+@dataclass(frozen=True)
 class SessionRequest:
     """What a person asked for.
 
@@ -57,7 +65,9 @@ class SessionRequest:
     image, network, memory_mib, vcpus: None leaves it to the policy, else to the default.
     learn: let through, and record, what no rule of the policy allows.
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
+    origin: a snapshot to begin with; the project is in it then, and `project` says only where it belongs to.
     accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
+    wait: seconds to wait for room on the host; None: for ever.
     """
 
     project: Path | None = None
@@ -74,6 +84,8 @@ class SessionRequest:
     memory_mib: int | None = None
     vcpus: int | None = None
     ssh_ports: int = 6
+    wait: float | None = 0
+    origin: Origin | None = None
 
     @property
     def mode(self) -> NetworkMode:

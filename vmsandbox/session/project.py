@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmsandbox.errors import GuestError, UserInputError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.bulk import RECORD, TICK
 from vmsandbox.guest.pack import pack
 from vmsandbox.guest.walk import walk_project
@@ -72,6 +73,7 @@ def push_project(
         small = len(walk.entries) <= _SMALL_FILES and walk.total_bytes <= _SMALL_BYTES
         incoming = Incoming(sandbox, walk, policy.push)
         incoming.before()
+        failpoint("push.walked")
         script = _UNPACK if small else f'{{ {_UNPACK} && echo unpacked; }} | "$2" --baseline "$1"'
         baseline = baseline_file(sandbox)
         baseline.unlink(missing_ok=True)
@@ -91,6 +93,7 @@ def push_project(
             except UserInputError:
                 _remove(sandbox, target)
                 raise
+            failpoint("push.sent")
             if snapshot is not None:
                 snapshot.given(record)
     (record / "pushed.jsonl").write_bytes(b"".join(manifest.lines()))
@@ -105,6 +108,7 @@ def push_project(
     sandbox.journal.append(events.ProjectPushed(files, walk.total_bytes, len(withheld), manifest.digest, str(project)))
     info = replace(sandbox.info, guest_folder=target, project=str(project))
     sandbox.folder.update(info)
+    failpoint("push.recorded")
     incoming.tell()
     if withheld:
         secret = [row.path for row in walk.withheld if row.reason.name in ("SECRET", "POLICY", "LINK")]

@@ -17,7 +17,8 @@ from typing import Any
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal, verified_records
-from vmsandbox.paths import Layout
+from vmsandbox.ledger.book import Ledger
+from vmsandbox.paths import LEDGER, Layout
 from vmsandbox.policy.return_rules import narrowed
 from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
@@ -42,6 +43,11 @@ class Record:
         return self.folder.name
 
     @property
+    def ledger(self) -> Ledger:
+        """The ledger of the record's installation."""
+        return Ledger.at(self.folder.parent.parent / LEDGER)
+
+    @property
     def journal(self) -> Journal:
         """The session's journal."""
         return Journal(self.folder / "events.jsonl")
@@ -55,7 +61,7 @@ class Record:
     def project(self) -> Path:
         """The folder on the host that was pushed last. Raises UserInputError if nothing was."""
         for event in reversed(self.events()):
-            if event["kind"] == "project.pushed" and "project" in event["data"]:
+            if event["kind"] in ("project.pushed", "session.forked") and event["data"].get("project"):
                 return Path(event["data"]["project"])
         raise UserInputError(
             f"nothing was copied into session {self.id}",

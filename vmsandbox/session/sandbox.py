@@ -28,6 +28,9 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
+from vmsandbox.session.admitting import room_for
+from vmsandbox.session.baseline import keep_baseline
+from vmsandbox.session.ending import end_session
 from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import (
     SessionFolder,
@@ -35,10 +38,10 @@ from vmsandbox.session.folder import (
 )
 from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
+from vmsandbox.session.origin import adopt, standing_on
 from vmsandbox.session.plan import SessionRequest, prepare
 from vmsandbox.session.record import Record
 from vmsandbox.session.starting import back_up, claim, get_ready, start_guest, write_opened
-from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.unfinished import make_whole
 from vmsandbox.session.watching import needs_watcher, start_watcher
 from vmsandbox.spec import WORKER, History, NetworkMode
@@ -67,6 +70,7 @@ class Sandbox:
         self._port = ExitStack()
         self.network: GuestNetwork | None = None
         self.network_to_come: NetworkToCome | None = None
+        self.differs: tuple[str, ...] = ()  # after its end: what is not as it was before (`session.baseline`)
         self.project_is_open = False  # whether the policy's guard over the project is down (`session.enforced`)
 
     # -- beginning and end ---------------------------------------------------------------------------------
@@ -108,15 +112,24 @@ class Sandbox:
             make_whole(asked.project, listener)  # before it is copied in half old, half new
         host = Host.open()
         try:
-            prepared = prepare(asked, where, host, runner, listener)
-            folder, info = claim(asked, prepared, where)
+            with room_for(asked, where, host, listener) as reserved_as, ExitStack() as origin:
+                usual = prepare(asked, where, host, runner, listener)
+                prepared = origin.enter_context(standing_on(asked.origin, usual, where, runner))
+                folder, info = claim(asked, prepared, where, reserved_as)
+                after_start = origin.pop_all()
             sandbox = cls(where, folder, info, listener)
             try:
-                write_opened(sandbox, asked.policy)
-                backup = back_up(sandbox, asked, runner)
-                start_guest(sandbox, host, asked, prepared, runner)
-                sandbox.project_is_open = True  # as its template was frozen
-                if asked.project is not None:
+                with after_start:
+                    write_opened(sandbox, asked.policy)
+                    keep_baseline(folder, info)
+                    backup = back_up(sandbox, asked, runner)
+                    start_guest(sandbox, host, asked, prepared, runner)
+                sandbox.project_is_open = asked.origin is None  # as its template was frozen
+                if asked.origin is not None:
+                    adopt(sandbox, asked.origin, prepared)
+                    with enforced(sandbox, asked.policy, asked.project, sandbox.info.guest_folder):
+                        pass
+                elif asked.project is not None:
                     sandbox.push(asked.project, asked.policy, runner, asked.history)
                 else:
                     with enforced(sandbox, asked.policy, None, None):
@@ -155,10 +168,9 @@ class Sandbox:
         self.disconnect()
         if self.network_to_come is not None:
             self.network_to_come.close()
-        leftovers = tear_down(self.layout, self.folder, self.info)
-        with suppress(VmsandboxError):
-            self.journal.append(events.SessionClosed(reason, leftovers))
-        return leftovers
+        ended = end_session(self.layout, self.folder, self.info, reason)
+        self.differs = ended.differs
+        return list(ended.left)
 
     def disconnect(self) -> None:
         """Give the SSH port back; the guest goes on."""

@@ -14,17 +14,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmsandbox import __version__
+from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.fork import DOMAIN_PREFIX, ForkRequest, start_fork
 from vmsandbox.journal import events
+from vmsandbox.ledger.book import Kind, Ledger
+from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id, process_started
+from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id
 from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.identity import give_identity
 from vmsandbox.session.inspection import inspect_guest
+from vmsandbox.session.made import keep_made
 from vmsandbox.session.networking import NetworkToCome
 from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.session.record import Record
@@ -38,8 +42,16 @@ if TYPE_CHECKING:
 IDENTITY_DEADLINE = 30  # seconds
 
 
-def claim(asked: SessionRequest, prepared: Prepared, layout: Layout) -> tuple[SessionFolder, SessionInfo]:
-    """Take the session's name. Raises UserInputError if it is in use."""
+def claim(
+    asked: SessionRequest, prepared: Prepared, layout: Layout, reserved_as: str = ""
+) -> tuple[SessionFolder, SessionInfo]:
+    """Take the session's name, and write down what is about to be made of it.
+
+    reserved_as: the owner of a reservation that is the session's from now on.
+
+    Raises:
+        UserInputError: the name is in use. LedgerError: it cannot be written down.
+    """
     uuid = str(uuids.uuid4())
     name = asked.name or f"s-{uuid[:8]}"
     folder = SessionFolder(layout, name)
@@ -48,14 +60,13 @@ def claim(asked: SessionRequest, prepared: Prepared, layout: Layout) -> tuple[Se
         id=session_id,
         name=name,
         uuid=uuid,
-        # the id's random end: libvirt may still be forgetting a guest of the same name
-        domain=f"{DOMAIN_PREFIX}{name}-{session_id[-6:]}",
+        domain=domain_name(name, uuid),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         owner_pid=os.getpid(),
         owner_started=process_started(os.getpid()) or 0,
         image=prepared.image.name,
         image_digest=prepared.image.digest,
-        template=prepared.template.key,
+        template=prepared.template.published_key,
         ssh_ports=prepared.shape.ssh_ports,
         memory_mib=prepared.shape.memory_mib,
         vcpus=prepared.shape.vcpus,
@@ -63,14 +74,34 @@ def claim(asked: SessionRequest, prepared: Prepared, layout: Layout) -> tuple[Se
         network=asked.mode.value,
         output_bytes=asked.policy.resources.output,
     )
-    folder.claim(info)
+    ledger = Ledger.of(layout)
+    ledger.plan(
+        info.id,
+        (Kind.FOLDER, name),
+        (Kind.DOMAIN, uuid),
+        (Kind.SOCKETS, folder.sockets(info).name),
+        (Kind.SOCKETS, folder.net.name),
+        reserved_as=reserved_as,
+    )
+    try:
+        folder.claim(info)
+        keep_made(folder, prepared, asked.policy)
+    except BaseException:
+        ledger.forget(info.id)
+        raise
     return folder, info
+
+
+def domain_name(session: str, uuid: str) -> str:
+    """Its end is the guest's own: libvirt may still be forgetting another guest of the session, or of its name."""
+    return f"{DOMAIN_PREFIX}{session}-{uuid[-6:]}"
 
 
 def write_opened(sandbox: Sandbox, policy: Policy) -> None:
     """Begin the session's record: that it exists, and what may come back of it."""
     info = sandbox.info
     sandbox.journal.append(events.SessionOpened(info.id, info.name, info.uuid, info.project, __version__))
+    failpoint("session.opened")
     Record(sandbox.folder.record_folder(info.id)).keep_returns(policy.returns)
 
 
@@ -102,8 +133,8 @@ def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: P
         template=prepared.template,
         shape=prepared.shape,
         machine=prepared.machine,
-        folder=sandbox.folder.vm,
-        run_folder=sandbox.folder.run,
+        folder=sandbox.folder.vm(sandbox.info),
+        run_folder=sandbox.folder.sockets(sandbox.info),
         limits=prepared.limits,
     )
     variables = guest_variables(asked.policy, os.environ)
@@ -121,20 +152,25 @@ def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: P
             network.identity if network else environment,
             disk_free_of(prepared.limits),
         )
+        failpoint("session.identity")
         sandbox.folder.save_keys(keys)
+        failpoint("session.keys")
         if network is not None:
             sandbox.network = network
             network.guest_is_up(domain)
+            failpoint("session.network")
         sandbox.shell()
+        failpoint("session.login")
     owner = (0, 0) if asked.keep else (sandbox.info.owner_pid, sandbox.info.owner_started)
     sandbox.info = replace(sandbox.info, ready=True, owner_pid=owner[0], owner_started=owner[1])
     sandbox.folder.update(sandbox.info)
     sandbox.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
+    failpoint("session.ready")
 
 
 def _inspect(sandbox: Sandbox, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
     sandbox.isolation = inspect_guest(
-        host, prepared, plan, live_xml, sandbox.folder, sandbox.journal, sandbox.info.network, policy
+        host, prepared, plan, live_xml, sandbox.folder, sandbox.journal, sandbox.info, policy
     )
     sandbox.info = replace(sandbox.info, grade=sandbox.isolation.grade.value)
     sandbox.folder.update(sandbox.info)
@@ -142,6 +178,8 @@ def _inspect(sandbox: Sandbox, host: Host, policy: Policy, prepared: Prepared, p
 
 def get_ready(to_push: bool) -> None:
     """Import what is needed later, while libvirt and QEMU are at work: 0.3 s."""
+    import sqlite3  # noqa: F401 - the ledger's, a moment from now
+
     import vmsandbox.guest.ssh
 
     if to_push:

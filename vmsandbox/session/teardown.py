@@ -7,14 +7,19 @@ which sees its monitor close, cleans up by itself (where PID 1 reaps late it wou
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from vmsandbox.errors import VmsandboxError
+from vmsandbox.failpoints import failpoint
+from vmsandbox.ledger.book import Ledger
+from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.keeper import end_keeper
@@ -37,6 +42,7 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
     def attempt(what: str, step: Callable[[], None]) -> None:
         try:
             step()
+            failpoint(f"destroy.{what.replace(' ', '-')}")
         except (VmsandboxError, OSError) as error:
             left.append(f"{what}: {error}")
 
@@ -46,13 +52,17 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
         if _is_anothers(folder, info):
             return left  # the watcher was ending it, and somebody has used the name again since
         attempt("network", lambda: end_keeper(folder))
+        for another in _halfway(folder, info):
+            attempt("guest of a rollback", partial(end_guest, folder, another))
+            attempt("files of a rollback", partial(remove_guest_files, folder, another))
         attempt("guest", lambda: end_guest(folder, info))
         attempt("network card", lambda: _remove_card(folder, info))
-        attempt("sockets", lambda: _remove(folder.sockets(info)))
-        attempt("broker's socket", lambda: _remove(folder.net))
-        attempt("guest files", lambda: _remove(folder.vm))
+        attempt("broker socket", lambda: _remove(folder.net))
+        attempt("guest files", lambda: remove_guest_files(folder, info))
         if not left:
-            attempt("session folder", lambda: _remove(folder.path))
+            attempt("session folder", lambda: _remove_claim(folder, info))
+        if not left:
+            Ledger.of(layout).forget(info.id)  # last: until here, what is left can be found
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return left
@@ -63,6 +73,20 @@ def _is_anothers(folder: SessionFolder, info: SessionInfo) -> bool:
     with suppress(VmsandboxError):
         return folder.info().id != info.id
     return False
+
+
+def _halfway(folder: SessionFolder, info: SessionInfo) -> list[SessionInfo]:
+    """The other guest, where a rollback was broken off."""
+    with suppress(VmsandboxError):
+        if (halfway := folder.halfway()) is not None:
+            return [one for one in (halfway.before, halfway.coming) if one.uuid != info.uuid]
+    return []
+
+
+def remove_guest_files(folder: SessionFolder, info: SessionInfo) -> None:
+    """Remove what is one guest's own: sockets, QEMU's files, its number. Raises OSError."""
+    for path in (folder.sockets(info), folder.vm(info), folder.pid_file(info)):
+        _remove(path)
 
 
 def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
@@ -117,7 +141,7 @@ def _remove_card(folder: SessionFolder, info: SessionInfo) -> None:
 def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
     """True if the session's own QEMU process was there and is gone. Its UUID must be on its command line."""
     with suppress(OSError, ValueError):
-        pid = int((folder.path / "qemu.pid").read_text())
+        pid = folder.qemu_pid(info)
         descriptor = os.pidfd_open(pid)
         try:
             # Looked at after the descriptor is held: the number cannot mean another process from here on.
@@ -132,8 +156,29 @@ def _kill_process(folder: SessionFolder, info: SessionInfo) -> bool:
     return False
 
 
+def _remove_claim(folder: SessionFolder, info: SessionInfo) -> None:
+    """Give the name back in one step. From then on it may be another session's, whose folder must not be touched."""
+    me = Process.here()
+    going = folder.path.with_name(f".{folder.name}.{me.pid}.{me.started}.{secrets.token_hex(4)}")
+    try:
+        folder.path.rename(going)
+    except FileNotFoundError:
+        return
+    failpoint("destroy.name-given-back")
+    if not info.is_recorded_in(going):
+        going.rename(folder.path)
+        return
+    _remove(going)
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         path.unlink()
     elif path.exists():
-        shutil.rmtree(path)
+        # Another one may be at it (`gc`, `stop`): what has gone meanwhile is no error.
+        shutil.rmtree(path, onerror=_unless_gone)
+
+
+def _unless_gone(_function: object, _path: str, raised: tuple[type, BaseException, object]) -> None:
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]

@@ -6,7 +6,7 @@ A project is never removed from: it is brought to the whole old or the whole new
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,11 +42,12 @@ def make_whole(project: Path, monitor: Monitor) -> None:
 
 def parts_in_records(layout: Layout) -> Iterator[Part]:
     """Remove what killed processes left in records. Sessions that are alive are left alone."""
+    records = sorted(layout.records.glob("*"))  # first: a session that begins now has its folder before its record
     alive = set()
     for folder in live_sessions(layout):
         with suppress(VmsandboxError):
             alive.add(folder.info().id)
-    for record in sorted(layout.records.glob("*")):
+    for record in records:
         if record.name in alive:
             continue
         for pattern in _PARTS:
@@ -55,9 +56,12 @@ def parts_in_records(layout: Layout) -> Iterator[Part]:
                 yield Part(f"{record.name}/{part.name}", "what made it was interrupted")
 
 
-def unfinished_projects(layout: Layout) -> Iterator[Part]:
-    """Bring projects of sessions to their whole state. A folder that is gone or never had any is no matter."""
-    seen = set()
+def unfinished_projects(layout: Layout, more: Iterable[Path] = ()) -> Iterator[Part]:
+    """Bring projects of sessions to their whole state. A folder that is gone or never had any is no matter.
+
+    more: projects that no record names any more.
+    """
+    seen = set(more)
     for folder in sorted(layout.records.glob("*"), reverse=True):
         with suppress(VmsandboxError):
             seen.add(Record(folder).project)

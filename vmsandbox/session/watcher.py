@@ -25,12 +25,13 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
 from vmsandbox.session.balloon import Balloon
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.ending import end_session
+from vmsandbox.session.folder import SessionFolder, SessionInfo, guests_of
 from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.health import Health
 from vmsandbox.session.limits import activity_file
-from vmsandbox.session.teardown import end_guest, tear_down
+from vmsandbox.session.teardown import end_guest
 from vmsandbox.session.watching import COLLECT_SECONDS
 
 _LOOK = 1.0  # seconds between two looks, at most
@@ -99,33 +100,38 @@ class _Watch:
 
     def _wait(self, info: SessionInfo) -> str | None:
         """The limit that was met; None if the session has ended by itself, or is being ended."""
-        qemu = os.pidfd_open(int((self._folder.path / "qemu.pid").read_text()))
-        try:
-            if not guest_is_alive(self._folder, info):
+        self._began = self._active = time.monotonic()
+        self._last_note = self._noted()
+        for qemu in guests_of(self._folder, info):
+            now = self._info()
+            if now is None or not guest_is_alive(self._folder, now):
                 return None
+            balloon = Balloon(now.uuid, now.memory_mib, self._reserved) if self._reserved else None
             poller = select.poll()
             poller.register(qemu, select.POLLIN)
             poller.register(self._ending, select.POLLIN)
-            balloon = Balloon(info.uuid, info.memory_mib, self._reserved) if self._reserved else None
-            began = active = time.monotonic()
-            noted = self._noted()
-            while True:
-                if poller.poll(self._pause()):
-                    return None
+            while not (ended := poller.poll(self._pause())):
                 if balloon is not None:
                     balloon.look()
-                now = time.monotonic()
-                # By the change and not by the clock, which may be set.
-                if (latest := self._noted()) != noted:
-                    noted, active = latest, now
-                if is_frozen(self._folder):
-                    active = now  # a person looks into it: nothing ends before it is thawed
-                elif self._time is not None and now - began >= self._time:
-                    return "time"
-                elif self._idle is not None and now - active >= self._idle:
-                    return "idle"
-        finally:
-            os.close(qemu)
+                if limit := self._met():
+                    return limit
+            if any(descriptor == self._ending for descriptor, _ in ended):
+                return None
+        return None
+
+    def _met(self) -> str | None:
+        """The limit that is met now."""
+        now = time.monotonic()
+        # By the change and not by the clock, which may be set.
+        if (latest := self._noted()) != self._last_note:
+            self._last_note, self._active = latest, now
+        if is_frozen(self._folder):
+            self._active = now  # a person looks into it: nothing ends before it is thawed
+        elif self._time is not None and now - self._began >= self._time:
+            return "time"
+        elif self._idle is not None and now - self._active >= self._idle:
+            return "idle"
+        return None
 
     def _pause(self) -> float | None:
         """Milliseconds until the next look; None: there is nothing to look at."""
@@ -150,8 +156,7 @@ class _Watch:
         if now.owner_is_alive:
             end_guest(self._folder, now)  # the rest is its owner's, who waits for the guest and hears of it so
             return
-        left = tear_down(self._layout, self._folder, now)
-        journal.append(events.SessionClosed(f"ended by its limit: {limit}", left))
+        end_session(self._layout, self._folder, now, f"ended by its limit: {limit}")
 
     def _collect(self, info: SessionInfo) -> None:
         """Fetch what changed into the record's quarantine, while that takes no longer than it may."""

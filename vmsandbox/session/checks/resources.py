@@ -10,6 +10,7 @@ import pwd
 
 from vmsandbox.session.checks import CheckResult, Examined, Status, install_line
 from vmsandbox.session.checks.card import check_card
+from vmsandbox.session.checks.ledger import check_ledger
 
 GIB = 1 << 30
 ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
@@ -18,7 +19,7 @@ ENOUGH_MEMORY, LEAST_MEMORY = GIB, GIB // 2  # one guest of the default shape ne
 
 def check_resources(host: Examined) -> list[CheckResult]:
     """Disk, memory, unprivileged image builds, the filtered network card."""
-    checks = [_disk(host), _memory(host)]
+    checks = [_disk(host), _memory(host), check_ledger(host)]
     if not host.is_root:
         checks.append(_user_namespaces(host))
     checks.append(check_card(host))

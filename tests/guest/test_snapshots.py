@@ -1,0 +1,239 @@
+"""Snapshots of real guests: what they keep, what a rollback brings back, what is left when either is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from harness import Cli, Guest, ended, leftovers, make_tree, wait_for
+
+from vmsandbox.hypervisor import snapshot as snapshot_module
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.process import Programs
+from vmsandbox.session.rollback import roll_back
+from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.snapshots import take_snapshot
+
+FILES = {"kept.txt": "as pushed\n", "gone.txt": "as pushed\n"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("projects") / "snapped", FILES)
+
+
+@pytest.fixture(scope="module")
+def snapped(cli: Cli, project: Path) -> Iterator[Guest]:
+    """A guest with two snapshots: `start`, and `work`, in which a file was changed and a process runs."""
+    cli("start", project, "--name", "snapped")
+    guest = cli.guest("snapped")
+    guest.sh("echo changed > kept.txt; rm gone.txt; echo mine > ~/home.txt; sleep 4711 > /dev/null 2>&1 &")
+    cli("snapshot", "snapped", "work")
+    yield guest
+    guest.stop()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(cli: Cli) -> Iterator[None]:
+    """As for all tests, but that a session which was rolled back has another guest: one, and no more."""
+    before = kinds_of(leftovers(cli.home))
+    yield
+    wait_for(lambda: kinds_of(leftovers(cli.home)) <= before, timeout=20, every=0.3)
+
+
+def kinds_of(left: set[str]) -> Counter[str]:
+    """What there is, without what tells one guest of a session from the next."""
+    return Counter(re.sub(r"[0-9a-f]{6}$|[0-9]+$", "", word) for word in left if not word.startswith("keeper"))
+
+
+def changes_of(guest: Guest) -> tuple[list[str], list[str], list[str]]:
+    """Paths that were modified, deleted and added, as the host sees it."""
+    document = guest.cli.json("changes", guest.name)
+    modified, deleted, added = ([row["path"] for row in document[kind]] for kind in ("modified", "deleted", "added"))
+    return modified, deleted, added
+
+
+def random_bytes(guest: Guest) -> str:
+    return guest.sh("head -c 32 /dev/urandom | sha256sum")
+
+
+def domains(cli: Cli, session: str) -> list[str]:
+    with closing(Host.open()) as host:
+        return [one.uuid for one in host.list_sessions("https://vmsandbox.dev/xmlns/session/1") if session in one.name]
+
+
+def test_a_snapshot_has_memory_disk_and_what_the_host_knew(snapped: Guest) -> None:
+    snapped.sh("rm -rf ~/home.txt kept.txt; pkill sleep; true")
+    before = snapped.info
+    running = snapped.cli.start("exec", "snapped", "--", "sleep", "600")
+    wait_for(lambda: snapped.folder.path.joinpath("port.0").exists())
+    time.sleep(2)  # it has logged in
+    snapped.cli("rollback", "snapped", "work")
+    assert ended(running)[0] != 0, "a connection to the guest that is gone ends"
+    assert snapped.sh("cat kept.txt ~/home.txt; ls; pgrep -x sleep | wc -l") == "changed\nmine\nkept.txt\n1"
+    first, machine = random_bytes(snapped), snapped.sh("cat /etc/machine-id")
+    assert abs(float(snapped.sh("date +%s.%N")) - time.time()) < 30, "the clock is not the snapshot's"
+    assert changes_of(snapped) == (["kept.txt"], ["gone.txt"], [])
+    snapped.cli("rollback", "snapped")
+    assert snapped.sh("cat kept.txt gone.txt; ls ~; pgrep -x sleep | wc -l") == "as pushed\nas pushed\nprojects\n0"
+    assert changes_of(snapped) == ([], [], [])
+    snapped.cli("rollback", "snapped", "work")
+    assert random_bytes(snapped) != first, "two guests from one snapshot have the same random state"
+    after = snapped.info
+    assert snapped.sh("cat /etc/machine-id") == machine and after.id == before.id and after.uuid != before.uuid
+    assert domains(snapped.cli, "snapped") == [after.uuid]
+    assert [path.name for path in snapped.folder.path.glob("vm-*")] == [f"vm-{after.uuid[-6:]}"]
+
+
+def test_stock_ssh_goes_on_with_the_keys_that_it_knows(snapped: Guest, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_bytes(snapped.cli("ssh-config", "snapped").stdout)
+    snapped.cli("rollback", "snapped", "work")
+    argv = ["ssh", "-F", config, "vmsandbox-snapped", "cat ~/home.txt"]
+    done = subprocess.run(argv, capture_output=True, timeout=90, env=snapped.cli.environment)
+    assert (done.returncode, done.stdout) == (0, b"mine\n"), done.stderr
+
+
+def test_sessions_begin_as_a_snapshot_and_share_nothing_that_is_theirs(snapped: Guest) -> None:
+    cli = snapped.cli
+    try:
+        for name in ("first", "second"):
+            cli("start", "--from", "snapped:work", "--no-snapshot", "--name", name)
+        first, second = cli.guest("first"), cli.guest("second")
+        for guest in (first, second):
+            assert (
+                guest.sh("cat kept.txt ~/home.txt; hostname; pgrep -x sleep | wc -l")
+                == f"changed\nmine\n{guest.name}\n1"
+            )
+        three = (first, second, snapped)
+        assert len({guest.sh("cat /etc/machine-id") for guest in three}) == 3
+        assert len({guest.folder.keys().host_key for guest in three}) == 3
+        assert len({guest.folder.keys().user_key for guest in three}) == 3
+        assert random_bytes(first) != random_bytes(second)
+        first.sh("echo first > kept.txt")
+        assert second.sh("cat kept.txt") == "changed"
+        assert changes_of(first) == (["kept.txt"], ["gone.txt"], [])
+        asked = cli("start", "--from", "snapped:work", "--policy", "offline", "--name", "other", status=126)
+        assert b"taken under something else" in asked.stderr
+    finally:
+        cli("stop", "first", "second", status=None)
+
+
+def test_the_list_is_a_tree_and_a_removal_gives_the_space_back(snapped: Guest) -> None:
+    cli = snapped.cli
+    taken = cli.json("snapshot", "snapped", "leaf")
+    rows = {row["tag"]: row for row in cli.json("snapshots", "snapped")}
+    assert rows["start"]["parent"] is None and rows["work"]["parent"] == "start" and rows["leaf"]["parent"] == "work"
+    assert rows["leaf"] == taken and taken["pause"] < 5
+    on_disk = sum(path.stat().st_blocks * 512 for path in (snapped.folder.snapshots / "leaf").iterdir())
+    assert abs(on_disk - taken["bytes"]) < 1 << 20
+    text = cli("snapshots", "snapped").stdout.decode()
+    assert [line.split("20")[0].rstrip() for line in text.splitlines()[1:]] == ["start", "  work", "    leaf"]
+    cli("snapshots", "snapped", "--remove", "leaf")
+    assert not (snapped.folder.snapshots / "leaf").exists()
+    assert b"no snapshot 'leaf'" in cli("rollback", "snapped", "leaf", status=125).stderr
+    assert b"has a snapshot 'work' already" in cli("snapshot", "snapped", "work", status=125).stderr
+    assert b"not a snapshot's name" in cli("snapshot", "snapped", "../up", status=125).stderr
+
+
+@pytest.mark.parametrize("name", ["ram", "disk.qcow2", "state", "manifest.json"])
+def test_one_changed_byte_is_refused_and_the_session_goes_on(snapped: Guest, name: str) -> None:
+    path = snapped.folder.snapshots / "work" / name
+    whole, mode = path.read_bytes() if name != "ram" else b"", path.stat().st_mode
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(4096 if name != "manifest.json" else 0)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes((byte[0] ^ 1,)))
+    before = snapped.info
+    try:
+        done = snapped.cli("rollback", "snapped", "work", status=125)
+        assert b"was changed" in done.stderr or b"cannot be read" in done.stderr
+        assert snapped.info == before and snapped.sh("echo alive") == "alive"
+    finally:
+        with path.open("r+b") as file:
+            if name == "ram":
+                file.seek(4096)
+                file.write(byte)
+            else:
+                file.write(whole)
+        path.chmod(mode)
+    snapped.cli("rollback", "snapped", "work", "--verify")
+
+
+@pytest.mark.parametrize("place", ["snapshot.memory", "snapshot.disk", "snapshot.digests", "snapshot.published"])
+def test_a_snapshot_that_is_killed_leaves_a_guest_that_runs(snapped: Guest, place: str) -> None:
+    killed = Cli(snapped.cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=kill"})
+    killed("snapshot", "snapped", "killed", status=-9)
+    snapped.cli("gc")
+    assert snapped.sh("echo alive") == "alive"
+    tags = {row["tag"] for row in snapped.cli.json("snapshots", "snapped")}
+    assert tags == {"start", "work"} | ({"killed"} if place == "snapshot.published" else set())
+    assert not list(snapped.folder.snapshots.glob(".[tg]*"))
+    if "killed" in tags:
+        snapped.cli("snapshots", "snapped", "--remove", "killed")
+
+
+@pytest.mark.parametrize(
+    ("place", "is_done"),
+    [("rollback.written", False), ("rollback.started", False), ("rollback.ready", False),
+     ("rollback.committed", True), ("rollback.restored", True), ("rollback.ended", True)],
+)  # fmt: skip
+def test_a_rollback_that_is_killed_is_undone_or_finished(snapped: Guest, place: str, is_done: bool) -> None:
+    snapped.sh("echo later > kept.txt; echo later > later.txt")
+    before = snapped.info.uuid
+    killed = Cli(snapped.cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=kill"})
+    killed("rollback", "snapped", "work", status=-9)
+    snapped.cli("gc")
+    assert (snapped.info.uuid != before) == is_done
+    assert snapped.sh("cat kept.txt; ls") == ("changed\nkept.txt" if is_done else "later\nkept.txt\nlater.txt")
+    assert not (snapped.folder.path / "next.json").exists()
+    assert [path.name for path in snapped.folder.path.glob("vm-*")] == [f"vm-{snapped.info.uuid[-6:]}"]
+
+
+def test_a_rollback_that_fails_leaves_the_session_as_it_was(snapped: Guest) -> None:
+    before = snapped.info
+    snapped.sh("echo precious > precious.txt")
+    for place, action in (("rollback.started", "eio"), ("rollback.ready", "interrupt")):
+        failing = Cli(snapped.cli.home, {"VMSANDBOX_FAILPOINT": f"{place}={action}"})
+        assert failing("rollback", "snapped", "work", status=None).returncode in (125, 130)
+        assert snapped.info == before and snapped.sh("cat precious.txt") == "precious"
+        assert domains(snapped.cli, "snapped") == [before.uuid]
+
+
+def test_without_the_right_to_look_into_qemu_the_stream_does(snapped: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Denied:
+        def __init__(self, *_: object) -> None:
+            raise PermissionError
+
+    monkeypatch.setattr(snapshot_module, "GuestMemory", Denied)
+    sandbox = Sandbox.attach("snapped", layout=snapped.cli.layout)
+    snapped.sh("echo streamed > kept.txt")
+    take_snapshot(sandbox, "streamed")
+    snapped.sh("echo after > kept.txt")
+    roll_back(sandbox, "streamed", Programs())
+    assert snapped.sh("cat kept.txt; find /usr/lib -type f | head -2000 | xargs cat | wc -c").startswith("streamed\n")
+    snapped.cli("snapshots", "snapped", "--remove", "streamed")
+
+
+def test_what_runs_a_command_again_and_again_finds_the_guest_as_it_was(cli: Cli, project: Path) -> None:
+    try:
+        words = ("session", project, "--rollback", "--name", "nightly", "--json", "--", "sh", "-c")
+        for round_ in range(2):
+            script = 'test ! -e ~/left && touch ~/left && echo "$0" > new.txt'
+            report = json.loads(cli(*words[:6], *words[6:], script, str(round_)).stdout)
+            assert [one["path"] for one in report["changes"]["added"]] == ["new.txt"], report
+        assert cli.guest("nightly").sh("ls ~; ls") == "projects\ngone.txt\nkept.txt"
+        refused = cli(*words[:5], "--policy", "offline", "--", "true", status=126)
+        assert b"something else than is asked for" in refused.stderr
+    finally:
+        cli("stop", "nightly", status=None)

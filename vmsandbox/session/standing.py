@@ -1,0 +1,73 @@
+"""A guest that stays, and begins each time where it began: `session --rollback`, for whoever runs the same thing often.
+
+Its project is copied in anew each time; what the time before left behind in the guest is not there any more.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from vmsandbox.errors import RefusedError, UserInputError
+from vmsandbox.hypervisor.connection import Host
+from vmsandbox.journal import events
+from vmsandbox.monitor import Monitor
+from vmsandbox.paths import Layout
+from vmsandbox.process import Programs
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.gc import guest_is_alive
+from vmsandbox.session.made import made_of, unlike
+from vmsandbox.session.plan import SessionRequest, prepare
+from vmsandbox.session.rollback import roll_back
+from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.snapshots import START
+
+# After one of these a guest is as it was at its start.
+_FRESH = (events.RolledBack.kind, events.SnapshotTaken.kind)
+_USED = (events.CommandStarted.kind, events.ProjectPushed.kind)
+
+
+def standing_guest(asked: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor) -> Sandbox | None:
+    """The running session of this name at its start, with the project as it is now; None if there is none.
+
+    Raises:
+        UserInputError: it is not ready, or no start of it was kept.
+        RefusedError: it was started with another policy, image, size or network.
+    """
+    assert asked.name is not None
+    folder = SessionFolder(layout, asked.name)
+    if not folder.path.exists():
+        return None
+    info = folder.info()
+    if not guest_is_alive(folder, info):
+        raise UserInputError(
+            f"the guest of session {info.name!r} is gone", resolution=f"`vmsandbox stop {info.name}`, then again"
+        )
+    with closing(Host.open()) as host:
+        prepared = prepare(asked, layout, host, programs, monitor)
+    found = unlike(made_of(folder, programs).prepared, prepared)
+    if info.network != asked.mode.value:
+        found.append(f"network: {info.network} then, {asked.mode.value} now")
+    if found:
+        raise RefusedError(
+            f"session {info.name!r} was started with something else than is asked for",
+            details="\n".join(found),
+            resolution=f"`vmsandbox stop {info.name}`; it is started anew then",
+        )
+    sandbox = Sandbox(layout, folder, info, monitor)
+    if _is_used(sandbox):
+        roll_back(sandbox, None, programs)
+    if asked.project is not None:
+        sandbox.push(Path(asked.project), asked.policy, programs, asked.history)
+    return sandbox
+
+
+def _is_used(sandbox: Sandbox) -> bool:
+    """Whether anything was done in it since it was at its start. An interrupted end leaves it so."""
+    used = True
+    for entry in sandbox.journal.read():
+        if entry["kind"] in _USED:
+            used = True
+        elif entry["kind"] in _FRESH and entry["data"]["tag"] == START:
+            used = False
+    return used
