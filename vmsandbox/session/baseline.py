@@ -107,8 +107,8 @@ def kept_baseline(folder: SessionFolder) -> Baseline | None:
 def domain_facts(live_xml: str, info: SessionInfo) -> str:
     """SHA-256 of what a domain's live XML says of its machine, without what tells one guest from the next.
 
-    Left out: its UUID, number, name, generation id, user, processor's features, where its sockets, its disk and its memory lie, and which
-    ports are open.
+    Left out: its UUID, number, name, generation id, user, processor's features, where its sockets, its disk and its
+    memory lie, and which ports are open.
     """
     tree = ET.fromstring(live_xml)  # noqa: S314 - from the trusted daemon
     tree.attrib.pop("id", None)
@@ -118,7 +118,9 @@ def domain_facts(live_xml: str, info: SessionInfo) -> str:
             tree.remove(element)
     for target in tree.iterfind("devices/channel/target"):
         target.attrib.pop("state", None)  # whether the guest has just opened the port
-    text = ET.canonicalize(ET.tostring(tree, encoding="unicode"), strip_text=True).replace(info.uuid, "")
+    # rewrite_prefixes: what a process has rendered before decides how ElementTree abbreviates namespaces.
+    plain = ET.canonicalize(ET.tostring(tree, encoding="unicode"), strip_text=True, rewrite_prefixes=True)
+    text = plain.replace(info.uuid, "")
     text = re.sub(r"[^\"=,]*/(?:run|live)/[^\"=,]*/([^/\"=,]+)", r"\1", text)
     text = re.sub(r"/proc/[0-9]+/fd/[0-9]+", "memory", text)
     return hashlib.sha256(text.encode()).hexdigest()
