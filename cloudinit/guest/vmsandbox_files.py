@@ -1,6 +1,7 @@
 """Writing files as root, for the control program and its modules."""
 
 import os
+import stat
 
 
 def write(path, text, mode=0o600):
@@ -12,6 +13,22 @@ def write(path, text, mode=0o600):
             left = left[os.write(fd, left) :]
     finally:
         os.close(fd)
+
+
+def refuse_links_of_others(path):
+    """Raise ValueError if a part of this absolute path is a link that is not root's: root would be led by it.
+
+    Good only while nothing of the worker's runs.
+    """
+    at = ""
+    for name in path.strip("/").split("/"):
+        at += "/" + name
+        try:
+            info = os.lstat(at)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if stat.S_ISLNK(info.st_mode) and info.st_uid != 0:
+            raise ValueError("a symbolic link of the worker's is in the way: " + at)
 
 
 def make_folder(path, owner):

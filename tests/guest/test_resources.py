@@ -188,16 +188,16 @@ def test_a_session_whose_time_is_up_ends_with_its_work(cli: Cli, tmp_path: Path)
 
 def test_an_idle_guest_ends_and_one_that_is_used_does_not(cli: Cli, tmp_path: Path) -> None:
     policy = tmp_path / "sandbox.yaml"
-    policy.write_text("sandbox: {session: {idle: 5s}}\n")
+    policy.write_text("sandbox: {session: {idle: 8s}}\n")
     project = make_tree(tmp_path / "project", {"a": "b"})
     cli("start", project, "--policy", policy, "--name", "idler")
     idler = cli.guest("idler")
     # Each line of output is activity, and so is each command.
-    idler.exec("sh", "-c", "for i in 1 2 3; do echo $i; sleep 2; done; echo kept > kept")
+    idler.exec("sh", "-c", "for i in 1 2 3; do echo $i; sleep 3; done; echo kept > kept")
     idler.exec("true")
     began = time.monotonic()
     quiet = cli("exec", "idler", "--", "sleep", "600", status=124)
-    assert 4 < time.monotonic() - began < 60
+    assert 7 < time.monotonic() - began < 60
     assert b"nothing was done in the session for too long" in quiet.stderr and b"vmsandbox accept" in quiet.stderr
     wait_for(lambda: not (cli.layout.live / "idler").exists(), timeout=30)
     entries = [json.loads(line) for line in newest_record(cli, "idler").read_text().splitlines()]

@@ -22,6 +22,7 @@ from vmsandbox.policy.values import (
     Policy,
     ResourcesPolicy,
     ReturnPolicy,
+    SeccompProfile,
     SessionPolicy,
     Tmpfs,
 )
@@ -213,6 +214,51 @@ def test_each_difference_is_found(section: str, line: str, instead: str, says: s
     assert says in found
 
 
+BLIND = dataclasses.replace(
+    POLICY,
+    kernel=KernelPolicy(
+        seccomp=(
+            SeccompProfile(
+                Path("p.json"),
+                '{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], '
+                '"syscalls": [{"names": ["faccessat2"], "action": "SCMP_ACT_ERRNO"}]}',
+            ),
+        )
+    ),
+)
+
+
+def test_what_may_be_written_is_worked_out_where_it_cannot_be_asked() -> None:
+    """By whose it is and how its mount is; the last mount of a place lies over the others."""
+    expected = expected_of(BLIND)
+    assert not expected.may_ask and expected_of(POLICY).may_ask
+    at = "36 26 0:31 / {} {},relatime shared:14 - ext4 /dev/vda rw"
+    memory = MOUNT.replace(" rw,", " ro,")
+    home = [at.format("/", "ro"), at.format("/home", "ro"), memory, at.format("/tmp/claude-work", "rw")]
+    facts = good_facts() | {
+        "mounts": home,
+        "status": [line.replace("filters:\t0", "filters:\t1") for line in STATUS],
+        "paths": [f"erxo {path}" for path in expected.writable]
+        + [f"erxo {path}" for path in expected.read_only if path.startswith("/home")]
+        + [f"erxk {path}" for path in expected.read_only if not path.startswith("/home")]
+        + [f"e {path}" for path in expected.hidden],
+    }
+    assert differences(expected, facts) == []
+    for mounts, says in (
+        ([*home, at.format("/home/claude-worker", "rw")], "/home/claude-worker can be written"),
+        ([*home, at.format("/tmp/claude-work", "ro")], "/tmp/claude-work cannot be written"),
+        ([at.format("/", "rw"), *home[1:]], "/var/tmp can be written"),
+        ([*home, at.format("/tmp", "rw")], "/tmp can be written"),
+    ):
+        assert any(says in one for one in differences(expected, facts | {"mounts": mounts})), mounts
+    assert differences(expected, facts | {"mounts": [*home, at.format("/home", "rw"), at.format("/home", "ro")]}) == []
+    project = expected_of_project(BLIND, "/p", ())
+    lines = ["erxo /p", "erxo /p/src", "erxo /p/tests", "erxo /p/.git"]
+    there = [at.format("/p", "ro"), *(at.format(f"/p/{name}", "rw") for name in ("src", "tests", ".git"))]
+    assert differences(project, {"project": lines, "project mounts": there}, "project") == []
+    assert len(differences(project, {"project": lines, "project mounts": there[:3]}, "project")) == 1
+
+
 def test_the_project_is_compared_too() -> None:
     expected = expected_of_project(POLICY, "/p", ("secrets",))
     good = ["erx /p", "erwx /p/src", "erwx /p/tests", "erwx /p/.git", "e /p/secrets"]
@@ -221,14 +267,17 @@ def test_the_project_is_compared_too() -> None:
     assert len(differences(expected, {}, "project")) == 5
 
 
-def test_the_script_runs_in_a_shell_and_is_understood(tmp_path: Path) -> None:
+@pytest.mark.parametrize("may_ask", [True, False])
+def test_the_script_runs_in_a_shell_and_is_understood(tmp_path: Path, may_ask: bool) -> None:
     (tmp_path / "it's").mkdir()
     (tmp_path / "closed").mkdir(mode=0o500)
-    expected = dataclasses.replace(expected_of(Policy()), hidden=(str(tmp_path / "it's"), "/nowhere"))
+    hidden = (str(tmp_path / "it's"), "/nowhere")
+    expected = dataclasses.replace(expected_of(Policy()), hidden=hidden, may_ask=may_ask)
     script = script_of(expected, dataclasses.replace(expected, hidden=(str(tmp_path / "closed"),)))
     done = subprocess.run(["/bin/bash", "-c", script], input=b"go\n", capture_output=True, env={"PATH": "/none"})
     facts = parse_facts(done.stdout)
-    assert f"erwx {tmp_path}/it's" in facts["paths"] and "- /nowhere" in facts["paths"]
+    assert f"{'erwx' if may_ask else 'erxo'} {tmp_path}/it's" in facts["paths"] and "- /nowhere" in facts["paths"]
+    assert ("project mounts" in facts) is not may_ask
     assert facts["project"][-1].endswith("/closed")
     assert any(line.startswith("NoNewPrivs:") for line in facts["status"])
     assert any(" / / " in line for line in facts["mounts"])

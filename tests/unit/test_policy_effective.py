@@ -175,6 +175,7 @@ def test_what_of_a_project_comes_to_nothing_is_said(files: Files) -> None:
         ("commands: {allowed: [git push], require_confirmation: [git *]}", "commands.allowed[0]", "asks about"),
         ("kernel: {capabilities: [chown, sys_admin]}", "kernel.capabilities[1]", "root"),
         ("network: {allowed_hosts: [a.org]}", "network.mode", "no host is reached"),
+        ("session: {post_create: 'cd x;/usr/bin/pip install -r r.txt'}", "session.post_create", '["@pypi"]'),
     ],
 )  # fmt: skip
 def test_what_is_odd_is_found(files: Files, section: str, where: str, text: str) -> None:
@@ -188,6 +189,7 @@ def test_what_is_not_odd_is_not_found(files: Files) -> None:
     files.own.write_text(
         "sandbox: {filesystem: {allowed_paths: [./src, /tmp/x, /var/tmp/x], denied_paths: [./secrets/, /etc/]}, "
         "commands: {allowed: [git], denied: [git push *, 'g?t x'], require_confirmation: [pip install *]}, "
-        "kernel: {capabilities: [chown]}, network: {mode: proxy, allowed_hosts: [a.org]}}\n"
+        "kernel: {capabilities: [chown]}, network: {mode: proxy, allowed_hosts: [a.org]}, "
+        "session: {post_create: pip install x}}\n"
     )
     assert lint_policy(load_policy(files.own)) == ()

@@ -48,6 +48,7 @@ sandbox:
     environment: [LANG, LC_ALL]
     variables: {PORT: "8080", EMPTY_NOT: x}
     post_create: pip install -r requirements.txt
+    post_create_files: [requirements/*.txt, ./setup.py]
     healthcheck: {test: [claude, --version], interval: 30s, timeout: 2.5, retries: 5}
     schedule: "*-*-* 02:00:00"
   push: {secrets: refuse, agent_configuration: refuse}
@@ -83,6 +84,7 @@ def test_every_key(file: Path) -> None:
             environment=("LANG", "LC_ALL"),
             variables=(("PORT", "8080"), ("EMPTY_NOT", "x")),
             post_create=("sh", "-c", "pip install -r requirements.txt"),
+            post_create_files=("requirements/*.txt", "./setup.py"),
             healthcheck=Healthcheck(("claude", "--version"), 30, 2.5, 5),
             schedule="*-*-* 02:00:00",
         ),
@@ -167,6 +169,8 @@ def test_the_keys_that_a_file_has_and_their_lines(file: Path) -> None:
         ("session.variables.VMSANDBOX_PLUMBING", "{VMSANDBOX_PLUMBING: '1'}", "before the guest's own safeguards"),
         ("session.variables.PORT", "{PORT: 8080}", "string"),
         ("session.post_create", "[]", "at least 1"),
+        ("session.post_create_files[0]", "[/etc/x]", "within the project"),
+        ("session.post_create_files[0]", "[a/../../x]", "within the project"),
         ("session.healthcheck.test", "{interval: 1s}", "required"),
         ("session.healthcheck.interval", "{test: x, interval: 10ms}", "not a time"),
         ("session.schedule", "'; reboot'", "calendar expression"),

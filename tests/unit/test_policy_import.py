@@ -66,6 +66,7 @@ def test_the_devcontainer_file_that_people_have() -> None:
         "filesystem": {"project": "writable"},
         "session": {"post_create": "pip install -r requirements.txt"},
     }
+    assert [one.how for one in found.mapped if one.key == "postCreateCommand" and "allow @pypi" in one.how]
     assert {one.key for one in found.left} == {
         "name",
         "image",

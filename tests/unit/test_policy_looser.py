@@ -20,6 +20,7 @@ UNCOMPARED = (
     "image",
     "session.variables",
     "session.post_create",
+    "session.post_create_files",
     "session.healthcheck",
     "session.schedule",
 )

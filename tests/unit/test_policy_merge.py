@@ -340,3 +340,12 @@ def test_no_limit_on_a_rate_is_more_than_any_limit() -> None:
     for both in (together(unlimited, limited), together(limited, unlimited)):
         assert both.network.limits == (("bytes_per_second", 9),)
     assert together(unlimited, unlimited).network.limits == (("bytes_per_second", 0),)
+
+
+def test_a_command_that_runs_once_goes_with_its_own_files() -> None:
+    wide = SessionPolicy(post_create=("wide",))
+    own = SessionPolicy(post_create=("own",), post_create_files=("own/*",))
+    both = merge([layer_of(Policy(session=wide)), layer_of(Policy(session=own))])
+    assert (both.session.post_create, both.session.post_create_files) == (("wide",), ())
+    both = merge([layer_of(Policy()), layer_of(Policy(session=own))])
+    assert (both.session.post_create, both.session.post_create_files) == (("own",), ("own/*",))

@@ -96,6 +96,7 @@ sandbox:
     environment: [LANG]
     variables: {A: "1"}
     post_create: [make, all]
+    post_create_files: [Makefile, "setup/**"]
     healthcheck: {test: make check, interval: 1m, timeout: 2.5, retries: 5}
     schedule: daily
   push: {secrets: refuse, instructions: refuse, agent_configuration: refuse}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, Te
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
+from vmsandbox.session.folder import SessionFolder, SessionInfo
 from vmsandbox.session.gc import unused_templates
 from vmsandbox.spec import Accelerator, GuestShape
 
@@ -198,3 +200,15 @@ def test_a_base_is_removed_after_what_stands_on_it(layout: Layout) -> None:
         os.utime(store.folder / key / "manifest.json", (time.time() - month,) * 2)
     assert [one.what for one in unused_templates(layout, False)] == ["d-tailored", "c-other"]
     assert [one.what for one in unused_templates(layout, True)] == ["b-tailored", "a-base"]
+
+
+def test_a_whole_chain_is_removed_from_its_end_and_kept_for_a_session(layout: Layout) -> None:
+    store = TemplateStore(layout)
+    for key, base in (("b-base", None), ("a-created", "b-base"), ("c-tailored", "a-created")):
+        publish(store, key, base)
+    assert store.bases_of("c-tailored") == ("a-created", "b-base") and store.bases_of("b-base") == ()
+    info = SessionInfo("20260101-000000-one-abcdef", "one", "u", "d", "", 0, 0, "i", "", "c-tailored", 1, 1, 1)
+    SessionFolder(layout, "one").claim(info)
+    assert list(unused_templates(layout, True)) == []
+    shutil.rmtree(layout.live)
+    assert [one.what for one in unused_templates(layout, True)] == ["c-tailored", "a-created", "b-base"]

@@ -116,6 +116,7 @@ sessions = st.builds(
         lambda one: tuple(one.items())
     ),
     post_create=st.just(()) | argv,
+    post_create_files=some(("setup/*", "a.txt")),
     healthcheck=st.none() | st.builds(Healthcheck, argv, st.sampled_from([30.0, 5.0]), st.just(1.5), st.just(2)),
     schedule=maybe("*-*-* 02:00:00", "daily"),
 )

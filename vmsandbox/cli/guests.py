@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,15 +41,13 @@ from vmsandbox.cli.output import (
     print_json,
     tell_differences,
 )
-from vmsandbox.errors import HostError, RefusedError, UserInputError, VmsandboxError
+from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
-    from vmsandbox.policy.effective import Effective
-    from vmsandbox.policy.values import Policy
     from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.limits import Meter
     from vmsandbox.session.sandbox import Sandbox
@@ -130,12 +127,13 @@ def push(
     history: HistoryOption = History.NONE,
 ) -> int:
     """Copy a project into a running guest (again): what was in its folder there is replaced."""
+    from vmsandbox.session.holding import effective_for
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
     sandbox = Sandbox.attach(name, monitor=monitor)
     try:
-        sandbox.push(path.absolute(), _policy(path, policy, monitor).policy, history=history)
+        sandbox.push(path.absolute(), effective_for(path, policy, monitor).policy, history=history)
     finally:
         sandbox.disconnect()
     return 0
@@ -215,41 +213,10 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
 
 def with_policy(request: SessionRequest, policy: Path | None) -> tuple[SessionRequest, Monitor]:
     """The request under all policies that hold; what a person should know of them is told."""
+    from vmsandbox.session.holding import held
+
     monitor = make_monitor()
-    effective = _policy(request.project, policy, monitor)
-    request = replace(request, policy=effective.policy)
-    network = request.policy.network
-    if effective.own is not None and policy is None:
-        _refuse_reach(effective.own.policy, request.mode is not NetworkMode.NONE)
-    if request.mode is NetworkMode.NONE and (network.allowed_hosts or network.rules):
-        why = "--net none" if request.network else f"the policy's network.mode is {network.mode or 'not set'}"
-        monitor.notice(f"the hosts that the policy allows are not reached: the guest has no network ({why})")
-    return request, monitor
-
-
-def _policy(project: Path | None, chosen: Path | None, monitor: Monitor) -> Effective:
-    from vmsandbox.policy.effective import effective_policy
-    from vmsandbox.policy.load import find_policy
-    from vmsandbox.policy.values import unenforced
-
-    found = find_policy(project) if chosen is None and project is not None and project.is_dir() else None
-    effective = effective_policy(chosen or found)
-    for text in unenforced(effective.policy):
-        monitor.notice(text)
-    return effective
-
-
-def _refuse_reach(policy: Policy, has_network: bool) -> None:
-    """A policy that was found in the project gets nothing of this host; one that a person named does."""
-    from vmsandbox.policy.consent import reaches_into_host
-    from vmsandbox.review.text import shown
-
-    if wanted := reaches_into_host(policy, network=has_network):
-        raise RefusedError(
-            "the project's own policy asks for something of this host, and nobody has named it",
-            details="\n".join(shown(line, 300) for line in wanted),
-            resolution=f"read it; then name it: --policy {policy.source} (--net none goes on without the network's)",
-        )
+    return held(request, policy, monitor), monitor
 
 
 def _attached(name: str, command: list[str] | None) -> int:

@@ -145,13 +145,14 @@ class GuestShell:
         return channel
 
     def evaluate(self, script: str) -> Any:
-        """Let the login shell itself run a script, without a program beside it; returns its channel.
+        """Let the login shell itself run a script, without a program or start-up file beside it; returns its channel.
 
         Raises:
             GuestError: the connection is gone or the guest refused.
         """
         try:
             channel = self._transport.open_session(timeout=20)
+            channel.update_environment({PLUMBING: "check"})
             channel.exec_command(script)
         except CONNECTION_ERRORS as error:
             raise GuestError("the guest did not start its shell", details=str(error)[:500]) from error

@@ -37,15 +37,11 @@ SETTLE_DEADLINE = 120.0
 
 @dataclass(frozen=True)
 class TailorPlan:
-    """A template, what it was made from, and the policy that a fork of it is told (`render.confinement`).
-
-    seconds: what the policy's own commands in the guest may take beyond setting it up.
-    """
+    """A template, what it was made from, and the policy that a fork of it is told (`render.confinement`)."""
 
     base: Template
     plan: TemplatePlan
     message: Mapping[str, Any]
-    seconds: float = 0
 
     @cached_property
     def key(self) -> str:
@@ -127,7 +123,7 @@ def _tell(host: Host, domain: DomainPlan, tailor: TailorPlan, monitor: Monitor) 
         host.resume(domain.uuid)
         monitor.progress(0.3, 1, "setting up what the policy asks for")
         try:
-            port.request("policy", deadline=POLICY_DEADLINE + tailor.seconds, **tailor.message)
+            port.request("policy", deadline=POLICY_DEADLINE, **tailor.message)
         except GuestError as error:
             error.brief = f"the guest could not be set up as the policy asks: {error.brief}"
             raise

@@ -176,6 +176,15 @@ class TemplateStore:
             return base if isinstance(base, str) else None
         return None
 
+    def bases_of(self, key: str) -> tuple[str, ...]:
+        """The keys of all templates that this one stands on, the next one first."""
+        found: list[str] = []
+        below = self.base_of(key)
+        while below is not None and below not in found:
+            found.append(below)
+            below = self.base_of(below)
+        return tuple(found)
+
     def list(self) -> list[Path]:
         """Folders of the published templates."""
         if not self.folder.is_dir():

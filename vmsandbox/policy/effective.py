@@ -10,7 +10,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmsandbox.errors import HostError
+from vmsandbox.errors import HostError, RefusedError
 from vmsandbox.paths import config_folder
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.values import Policy
@@ -35,6 +35,7 @@ def effective_policy(
     organisation: Path = ORGANISATION,
     user: Path | None = None,
     programs: Programs | None = None,
+    given: Policy | None = None,
 ) -> Effective:
     """Read all files that hold and merge them.
 
@@ -42,6 +43,7 @@ def effective_policy(
         path: the project's policy or the one that was named; None: there is none.
         organisation: the organisation's file, if there is one.
         user: the person's; None: `policy.yaml` beside their recipes.
+        given: in the place of the file, a policy that a program made.
 
     Raises:
         UserInputError: one of the files is not a policy.
@@ -53,7 +55,7 @@ def effective_policy(
     widest = _exists(organisation)
     others = [one for one in (user if user != organisation and _exists(user) else None, path) if one is not None]
     if not widest and not others:
-        return Effective(Policy())  # nothing to import for
+        return Effective(given or Policy())  # nothing to import for
     from vmsandbox.policy.load import load_layer
     from vmsandbox.policy.merge import merge
 
@@ -68,6 +70,15 @@ def effective_policy(
         _refuse_anybodys(demanded.allowed_signers)
         for layer in layers[1:]:
             check_signatures(layer, demanded, programs or Programs())
+        if given is not None and given != Policy():
+            raise RefusedError(
+                "this host demands signed policies, and one that a program made has no file that could be signed",
+                resolution="name the policy's file instead",
+            )
+    if given is not None:
+        from vmsandbox.policy.layer import layer_of
+
+        layers.append(layer_of(given))
     return Effective(merge(layers), tuple(layers), layers[-1] if path is not None else None)
 
 

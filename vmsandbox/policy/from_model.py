@@ -82,6 +82,7 @@ def _session(section: Session) -> SessionPolicy:
         environment=_once(section.environment),
         variables=tuple(section.variables.items()),
         post_create=tuple(section.post_create or ()),
+        post_create_files=_once(section.post_create_files),
         healthcheck=None
         if health is None
         else Healthcheck(tuple(health.test), health.interval, health.timeout, health.retries),

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from vmsandbox.policy.fetchers import bundles_for
 from vmsandbox.policy.globs import is_glob
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.looser import covers_command
@@ -40,6 +41,7 @@ def lint_policy(policy: Policy) -> tuple[Finding, ...]:
         *_commands(policy.commands),
         *_kernel(policy.kernel),
         *_network(policy),
+        *_once(policy),
     )
 
 
@@ -147,6 +149,14 @@ def _network(policy: Policy) -> Iterator[Finding]:
     if network.mode in (None, NO_NETWORK) and (network.allowed_hosts or network.rules):
         why = "is none" if network.mode else "is not there"
         yield Finding("network.mode", f"{why}: no host is reached, although some are allowed", True)
+
+
+def _once(policy: Policy) -> Iterator[Finding]:
+    bundles = bundles_for(policy.session.post_create)
+    if bundles and policy.network.mode in (None, NO_NETWORK):
+        hosts = ", ".join(f'"{one}"' for one in bundles)
+        text = f"fetches packages and has no network: network: {{mode: restricted, allowed_hosts: [{hosts}]}}"
+        yield Finding("session.post_create", text, True)
 
 
 def _taken_back(ours: Any, theirs: Any, where: tuple[str | int, ...], names: str) -> Iterator[Finding]:

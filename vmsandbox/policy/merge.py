@@ -212,12 +212,15 @@ def _resources(ours: ResourcesPolicy, theirs: ResourcesPolicy) -> ResourcesPolic
 
 def _session(outer: Layer, inner: Layer) -> SessionPolicy:
     ours, theirs = outer.policy.session, inner.policy.session
+    # One with its files: of the wider file that has it.
+    once = next((one for one in (ours, theirs) if one.post_create), ours if ours.post_create_files else theirs)
     return SessionPolicy(
         time=least(ours.time, theirs.time),
         idle=least(ours.idle, theirs.idle),
         environment=join(outer, inner, "session.environment", lambda one: one.session.environment, in_both),
         variables=tuple({**dict(theirs.variables), **dict(ours.variables)}.items()),
-        post_create=ours.post_create or theirs.post_create,
+        post_create=once.post_create,
+        post_create_files=once.post_create_files,
         healthcheck=ours.healthcheck or theirs.healthcheck,
         schedule=ours.schedule or theirs.schedule,
     )

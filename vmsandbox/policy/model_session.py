@@ -25,6 +25,7 @@ from vmsandbox.policy.model_base import (
 
 Variable = Annotated[Text, AfterValidator(words.variable)]
 Returned = Annotated[Text, AfterValidator(words.returned_path)]
+Read = Annotated[Text, AfterValidator(words.project_pattern)]
 Schedule = Annotated[Text, AfterValidator(words.schedule)]
 Reaction = Literal["warn", "refuse"]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
@@ -53,7 +54,14 @@ class Session(Strict):
         "Variables of the guest and their values.", default_factory=dict
     )
     post_create: Command | None = described(
-        "Runs once per template, in the guest: without a network, before the project."
+        "Runs once per template, in the guest, with the policy's network and what it reads of the project."
+    )
+    post_create_files: Annotated[list[Read], BeforeValidator(blank_is_empty), Field(max_length=MAX_ENTRIES)] = (
+        described(
+            "Paths and globs of what post_create reads of the project; it runs again when they change. Left out: what "
+            "it names, and the project's lists of packages.",
+            default_factory=list,
+        )
     )
     healthcheck: HealthcheckSection | None = described("A command that is repeated; its failures are events.")
     schedule: Schedule | None = described("When it is repeated: a calendar expression of systemd.")

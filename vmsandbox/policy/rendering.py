@@ -143,6 +143,7 @@ def _session(section: SessionPolicy) -> dict[str, Any]:
         "environment": list(section.environment),
         "variables": dict(section.variables),
         "post_create": _command(section.post_create) or None,
+        "post_create_files": list(section.post_create_files),
         "healthcheck": None if section.healthcheck is None else _healthcheck(section.healthcheck),
         "schedule": section.schedule,
     }

@@ -46,11 +46,7 @@ def missing_calls(
         UserInputError: it is no profile.
     """
     wanted = ProfileReader(where).read(text, capabilities)
-    returned: dict[str, int] = {}
-    for rule in wanted.rules:
-        returned[rule.name] = max(returned.get(rule.name, rule.returns), rule.returns, key=rank)
-        if rule.conditions:
-            returned[rule.name] = max(returned[rule.name], wanted.default, key=rank)
+    returned = _returned(wanted)
     found = {}
     for program, calls in recorded().items():
         if (stacked or program != SETPRIV) and (lacks := _lacking(wanted, returned, calls)):
@@ -73,6 +69,25 @@ def kernel_findings(kernel: KernelPolicy) -> list[Finding]:
         for note in profile_notes(profile.text, name):
             notes.append(Finding(at, f"{profile.source.name}: {note}", False))
     return missing + notes
+
+
+def is_permitted(kernel: KernelPolicy, call: str) -> bool:
+    """Whether all profiles permit a system call, at least with some arguments."""
+    for profile in kernel.seccomp:
+        wanted = ProfileReader(str(profile.source)).read(profile.text, kernel.capabilities)
+        if not permits(_returned(wanted).get(call, wanted.default)):
+            return False
+    return True
+
+
+def _returned(wanted: Filter) -> dict[str, int]:
+    """Call → the best that it can come to, where the profile has something to say of it."""
+    returned: dict[str, int] = {}
+    for rule in wanted.rules:
+        returned[rule.name] = max(returned.get(rule.name, rule.returns), rule.returns, key=rank)
+        if rule.conditions:
+            returned[rule.name] = max(returned[rule.name], wanted.default, key=rank)
+    return returned
 
 
 def _lacking(wanted: Filter, returned: dict[str, int], calls: dict[str, list[str]]) -> list[str]:

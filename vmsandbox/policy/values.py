@@ -181,6 +181,8 @@ class SessionPolicy:
     environment    names of host variables that pass into the guest
     variables      name and value, set in the guest
     post_create    a command that runs once per template, in the guest
+    post_create_files   paths and globs in the project: what it reads of it; empty: what the command names, and lists
+                   of packages
     schedule       a systemd calendar expression, for nightly use
     """
 
@@ -189,6 +191,7 @@ class SessionPolicy:
     environment: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
     post_create: tuple[str, ...] = ()
+    post_create_files: tuple[str, ...] = ()
     healthcheck: Healthcheck | None = None
     schedule: str | None = None
 

@@ -98,6 +98,14 @@ def returned_path(text: str) -> str:
     return text
 
 
+def project_pattern(text: str) -> str:
+    """A path or glob in the project, `./` for all of it."""
+    _check_names(text)
+    if text.startswith(("/", "~")) or posixpath.normpath(text).startswith(".."):
+        raise ValueError("a path or glob within the project: write ./… or a name")
+    return text
+
+
 def output_path(text: str) -> str:
     """A folder in the project, below it."""
     found = guest_path(text)

@@ -53,7 +53,6 @@ def asks_of_guest(policy: Policy) -> bool:
         or policy.filesystem.tmpfs
         or policy.kernel.seccomp
         or policy.kernel.user_namespaces
-        or policy.session.post_create
         or command_files(policy.commands)
     )
 
@@ -75,7 +74,6 @@ def confinement_of(policy: Policy) -> dict[str, Any] | None:
         "mounts": [_memory(one) for one in policy.filesystem.tmpfs],
         "sysctls": USER_NAMESPACES if policy.kernel.user_namespaces else {},
         "shell": SHELL if filters or not paths.tmp_is_writable else None,
-        "worker": [list(policy.session.post_create)] if policy.session.post_create else [],
         "restart": True,
     }
     if (size := len(json.dumps(message))) > MESSAGE_LIMIT:

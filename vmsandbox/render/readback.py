@@ -45,7 +45,7 @@ _CAPABILITY_BITS = {
 }  # fmt: skip
 _SCRIPT = """
 say() { lines=(); mapfile -t lines < "$2"; printf '=%s\\n' "$1"; printf '%s\\n' "${lines[@]}"; }
-look() { for p; do r=; [ -e "$p" ] && r=e; [ -r "$p" ] && r=${r}r; [ -w "$p" ] && r=${r}w; [ -x "$p" ] && r=${r}x
+look() { for p; do r=; [ -e "$p" ] && r=e; LOOK
   printf '%s %s\\n' "${r:--}" "$p"; done; }
 say status /proc/self/status
 for l in "${lines[@]}"; do case $l in PPid:*) say parent /proc/${l#*[[:space:]]}/status;; esac; done
@@ -55,9 +55,18 @@ say unit.pids $c/pids.max; say slice.pids ${c%/*}/pids.max; say slice.memory ${c
 for s in SYSCTLS; do say "sysctl $s" "/proc/sys/${s//.//}"; done
 printf '=paths\\n'; look PATHS
 printf '=project\\n'; read -r go && look MORE
+AFTER
 printf '=end\\n'
 """
 _END = b"=end\n"
+# How a path is looked at. bash asks by faccessat2(2); under a profile that forbids it, it is tried: opened to read, a
+# name looked up in it, and whose it is (o), and whether anybody may write there (k, sticky): the mount says the rest.
+_ASK = '[ -r "$p" ] && r=${r}r; [ -w "$p" ] && r=${r}w; [ -x "$p" ] && r=${r}x'
+_TRY = (
+    '{ [ -f "$p" ] || [ -d "$p" ]; } && { : < "$p"; } 2> /dev/null && r=${r}r; [ -e "$p/." ] && r=${r}x; '
+    '[ -O "$p" ] && r=${r}o; [ -k "$p" ] && r=${r}k'
+)
+_ACCESS_CALL = "faccessat2"
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Expected:
 
     filters      system-call filters of its own, beyond what its SSH server has
     writable, read_only, hidden   paths as this process finds them; missing ones are neither writable nor readable
+    may_ask      whether its shell may ask what it may (faccessat2); else that is worked out from what it may see
     """
 
     no_new_privileges: bool
@@ -77,6 +87,7 @@ class Expected:
     writable: tuple[str, ...]
     read_only: tuple[str, ...]
     hidden: tuple[str, ...]
+    may_ask: bool = True
 
 
 def expected_of(policy: Policy) -> Expected:
@@ -93,6 +104,7 @@ def expected_of(policy: Policy) -> Expected:
         writable=tuple(path for path in paths.writable or () if not _denied(path, paths)),
         read_only=_read_only(paths),
         hidden=tuple("/etc/shadow" if path == ETC else path for path in paths.hidden),
+        may_ask=_may_ask(policy),
     )
 
 
@@ -105,8 +117,16 @@ def expected_of_project(policy: Policy, folder: str, denied: Iterable[str]) -> E
     return Expected(
         no_new_privileges=True, filters=0, capabilities=(), processes=None, sysctls=(), memory=(),
         writable=tuple(path for path in within if path not in hidden) if locked else (folder,),
-        read_only=(folder,) if locked else (), hidden=hidden,
+        read_only=(folder,) if locked else (), hidden=hidden, may_ask=_may_ask(policy),
     )  # fmt: skip
+
+
+def _may_ask(policy: Policy) -> bool:
+    if not policy.kernel.seccomp:
+        return True
+    from vmsandbox.policy.syscalls_needed import is_permitted
+
+    return is_permitted(policy.kernel, _ACCESS_CALL)
 
 
 def script_of(expected: Expected, project: Expected | None) -> str:
@@ -115,8 +135,10 @@ def script_of(expected: Expected, project: Expected | None) -> str:
         "SYSCTLS": shlex.join(name for name, _value in expected.sysctls),
         "PATHS": shlex.join(_paths(expected)),
         "MORE": shlex.join(_paths(project)) if project else "",
+        "LOOK": _ASK if expected.may_ask else _TRY,
+        "AFTER": ":" if expected.may_ask else "say 'project mounts' /proc/self/mountinfo",
     }
-    return re.sub("SYSCTLS|PATHS|MORE", lambda found: words[found[0]], _SCRIPT)
+    return re.sub("SYSCTLS|PATHS|MORE|LOOK|AFTER", lambda found: words[found[0]], _SCRIPT)
 
 
 def is_whole(untrusted: bytes | bytearray) -> bool:
@@ -140,7 +162,11 @@ def parse_facts(untrusted: bytes) -> dict[str, list[str]]:
 
 def differences(expected: Expected, facts: Mapping[str, list[str]], section: str = "paths") -> list[str]:
     """What is not as expected, one sentence each."""
-    found = [*_path_differences(expected, facts.get(section, []))]
+    marks = {path: mark for mark, _, path in (line.partition(" ") for line in facts.get(section, []))}
+    if not expected.may_ask:
+        mounts = [line.split(" ") for line in facts.get("mounts" if section == "paths" else f"{section} mounts", [])]
+        marks = {path: mark + _written(path, mark, mounts) for path, mark in marks.items()}
+    found = [*_path_differences(expected, marks)]
     if section != "paths":
         return found
     status, parent = _fields(facts["status"]), _fields(facts.get("parent", []))
@@ -191,8 +217,25 @@ def _paths(expected: Expected) -> list[str]:
     return [*expected.writable, *expected.read_only, *expected.hidden]
 
 
-def _path_differences(expected: Expected, lines: list[str]) -> Iterable[str]:
-    marks = {path: mark for mark, _, path in (line.partition(" ") for line in lines)}
+def _written(path: str, mark: str, mounts: list[list[str]]) -> str:
+    """`w` if a path may be written that is the worker's or anybody's: the mount that it is in does not say `ro`.
+
+    mounts: /proc/self/mountinfo, fields of its lines; a later one lies over an earlier one.
+    """
+    options: list[str] = []
+    longest = -1
+    for fields in mounts:
+        if len(fields) > 9 and is_within(path, point := _unescaped(fields[4])) and len(point) >= longest:
+            longest, options = len(point), fields[5].split(",")
+    return "w" if {"o", "k"} & set(mark) and "ro" not in options else ""
+
+
+def _unescaped(point: str) -> str:
+    """A mount point as mountinfo writes it: blanks and the like as three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), point)
+
+
+def _path_differences(expected: Expected, marks: Mapping[str, str]) -> Iterable[str]:
     for path in expected.writable:
         if "w" not in marks.get(path, ""):
             yield f"{path} cannot be written"

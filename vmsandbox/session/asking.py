@@ -31,6 +31,11 @@ NO_TERMINAL = "no terminal"
 Person = Callable[[Question, Callable[[], bool]], str]
 
 
+def answered_by(answer: Callable[[Question], bool] | None) -> Person | None:
+    """A program in the place of a person."""
+    return None if answer is None else lambda question, _is_wanted: "yes" if answer(question) else "no"
+
+
 class Asking:
     """`guest.streams.Attention` for the guest's questions. Use as a context; the port is given back at its end.
 

@@ -106,13 +106,16 @@ def kept_baseline(folder: SessionFolder) -> Baseline | None:
 def domain_facts(live_xml: str, info: SessionInfo) -> str:
     """SHA-256 of what a domain's live XML says of its machine, without what tells one guest from the next.
 
-    Left out: its UUID, number, name, generation id, user, and where its sockets, its disk and its memory lie.
+    Left out: its UUID, number, name, generation id, user, where its sockets, its disk and its memory lie, and which
+    ports are open.
     """
     tree = ET.fromstring(live_xml)  # noqa: S314 - from the trusted daemon
     tree.attrib.pop("id", None)
     for tag in ("name", "uuid", "genid", "seclabel"):
         for element in tree.findall(tag):
             tree.remove(element)
+    for target in tree.iterfind("devices/channel/target"):
+        target.attrib.pop("state", None)  # whether the guest has just opened the port
     text = ET.canonicalize(ET.tostring(tree, encoding="unicode"), strip_text=True).replace(info.uuid, "")
     text = re.sub(r"[^\"=,]*/(?:run|live)/[^\"=,]*/([^/\"=,]+)", r"\1", text)
     text = re.sub(r"/proc/[0-9]+/fd/[0-9]+", "memory", text)

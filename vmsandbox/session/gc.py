@@ -228,9 +228,9 @@ def unused_templates(layout: Layout, all_of_them: bool) -> Iterator[Removed]:
     for folder in live_sessions(layout):
         with suppress(VmsandboxError):
             in_use.add(folder.info().template)
-    in_use |= {base for key in in_use if (base := store.base_of(key))}
-    # Those that were tailored first: a base that is kept for one of them is looked at after it.
-    for path in sorted(store.list(), key=lambda path: store.base_of(path.name) is None):
+    in_use |= {base for key in in_use for base in store.bases_of(key)}
+    # Those that stand on others first: a base that is kept for one of them is looked at after it.
+    for path in sorted(store.list(), key=lambda path: len(store.bases_of(path.name)), reverse=True):
         if path.name in in_use:
             continue
         if any(store.base_of(other.name) == path.name for other in store.list()):

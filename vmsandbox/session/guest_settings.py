@@ -102,7 +102,9 @@ def guest_network(
         OWN_CERTIFICATE: certificate,
         PROFILE: _exports(variables),
         "/etc/apt/apt.conf.d/90vmsandbox": f'Acquire::http::Proxy "{proxy}";\nAcquire::https::Proxy "{proxy}";\n',
-        "/etc/pip.conf": f"[global]\nproxy = {proxy}\ncert = {BUNDLE}\ndisable-pip-version-check = true\n",
+        # The worker cannot break the system's packages, which pip is afraid of (PEP 668): it writes into its home.
+        "/etc/pip.conf": f"[global]\nproxy = {proxy}\ncert = {BUNDLE}\ndisable-pip-version-check = true\n"
+        "break-system-packages = true\n",
         "/etc/npmrc": npm,  # Debian's npm
         "/usr/local/etc/npmrc": npm,  # Node's own archive
         "/root/.cargo/config.toml": cargo,

@@ -6,7 +6,7 @@ Each of these is made on first use, with progress: an image that was never built
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vmsandbox.errors import HostError, ImageError, RefusedError, UserInputError
@@ -30,7 +30,6 @@ from vmsandbox.session.watching import needs_watcher
 from vmsandbox.spec import NO_LIMITS, Accelerator, Accept, GuestLimits, GuestShape, History, NetworkMode
 
 ALLOW_EMULATION = "VMSANDBOX_ALLOW_EMULATION"
-POST_CREATE_SECONDS = 1800  # a policy's own command, once for its template
 # network.mode of a policy → what a guest gets, and what a command line may ask for. `restricted` says that a guest
 # reaches what the rules allow, and leaves open how.
 _MODES = {
@@ -68,6 +67,7 @@ class SessionRequest:
     origin: a snapshot to begin with; the project is in it then, and `project` says only where it belongs to.
     accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
     wait: seconds to wait for room on the host; None: for ever.
+    held: policy is what the organisation's, the person's and the project's files say together (`session.holding`).
     """
 
     project: Path | None = None
@@ -86,6 +86,7 @@ class SessionRequest:
     ssh_ports: int = 6
     wait: float | None = 0
     origin: Origin | None = None
+    held: bool = False
 
     @property
     def mode(self) -> NetworkMode:
@@ -178,10 +179,16 @@ def prepare(request: SessionRequest, layout: Layout, host: Host, programs: Progr
     image = find_or_build(sizes.image, layout, store, programs, monitor)
     store.verify(image)
     files = ImageFiles(image.name, image.digest, image.root, image.kernel, image.initrd)
-    machine = Machine.of(host, shape)
-    template = find_template(host, files, shape, machine, layout, programs, monitor, request.policy)
+    plan = _template_plan(files, shape, Machine.of(host, shape))
+    templates = TemplateStore(layout)
+    template = obtain_template(host, plan, templates, programs, monitor)
     broker = _broker_environment(request, layout, programs, monitor)
-    return Prepared(kvm, shape, files, machine, template, broker, sizes.limits)
+    prepared = Prepared(kvm, shape, files, plan.machine, template, broker, sizes.limits)
+    if request.policy.session.post_create:
+        from vmsandbox.session.creating import created_template
+
+        template = created_template(host, request, prepared, plan, layout, programs, monitor)
+    return replace(prepared, template=_tailored(host, request.policy, template, plan, templates, programs, monitor))
 
 
 def _broker_environment(request: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor) -> Path | None:
@@ -224,28 +231,27 @@ def find_or_build(name: str, layout: Layout, store: ImageStore, programs: Progra
         return build_image(recipe, layout, programs, monitor)
 
 
-def find_template(
+def _template_plan(image: ImageFiles, shape: GuestShape, machine: Machine) -> TemplatePlan:
+    cloudinit = resource_folder("cloudinit")
+    return TemplatePlan(image, shape, machine, cloudinit, lambda: _seed_archive(cloudinit, shape))
+
+
+def _tailored(
     host: Host,
-    image: ImageFiles,
-    shape: GuestShape,
-    machine: Machine,
-    layout: Layout,
+    policy: Policy,
+    base: Template,
+    plan: TemplatePlan,
+    store: TemplateStore,
     programs: Programs,
     monitor: Monitor,
-    policy: Policy,
 ) -> Template:
-    """The template for these inputs, made now if there is none: one for all policies, tailored to this one."""
-    cloudinit = resource_folder("cloudinit")
-    plan = TemplatePlan(image, shape, machine, cloudinit, lambda: _seed_archive(cloudinit, shape))
-    store = TemplateStore(layout)
-    base = obtain_template(host, plan, store, programs, monitor)
+    """The template of this policy, made now if there is none; the base itself where the policy asks nothing of it."""
     message = confinement_of(policy)
     if message is None:
         return base
     from vmsandbox.hypervisor.tailoring import TailorPlan, tailor_template
 
-    seconds = POST_CREATE_SECONDS if policy.session.post_create else 0
-    return tailor_template(host, TailorPlan(base, plan, message, seconds), store, programs, monitor)
+    return tailor_template(host, TailorPlan(base, plan, message), store, programs, monitor)
 
 
 def _seed_archive(cloudinit: Path, shape: GuestShape) -> bytes:

@@ -19,7 +19,7 @@ from vmsandbox.errors import GuestError, UserInputError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.bulk import RECORD, TICK
 from vmsandbox.guest.pack import pack
-from vmsandbox.guest.walk import walk_project
+from vmsandbox.guest.walk import Walk, walk_project
 from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
@@ -54,12 +54,17 @@ def guest_folder_for(project: Path) -> str:
 
 
 def push_project(
-    sandbox: Sandbox, project: Path, policy: Policy, programs: Programs, history: HistoryMode = "none"
+    sandbox: Sandbox,
+    project: Path,
+    policy: Policy,
+    programs: Programs,
+    history: HistoryMode = "none",
+    only: Callable[[Walk], Walk] | None = None,
 ) -> SessionInfo:
     """Copy a project into the guest; returns the session's record with where it lies.
 
     What was in that folder of the guest before is replaced. history: of the guest's own repository; one without any
-    comes with the project where it can (else see `session.history.give_history`).
+    comes with the project where it can (else see `session.history.give_history`). only: what of it is copied in.
 
     Raises:
         UserInputError: something in the project cannot be read, or it is over a limit.
@@ -70,6 +75,7 @@ def push_project(
     with sandbox.monitor.step(f"copying {project.name or project} in"):
         sandbox.monitor.progress(0, None, "looking through the project")
         walk = walk_project(project, policy, programs=programs)
+        walk = only(walk) if only else walk
         small = len(walk.entries) <= _SMALL_FILES and walk.total_bytes <= _SMALL_BYTES
         incoming = Incoming(sandbox, walk, policy.push)
         incoming.before()

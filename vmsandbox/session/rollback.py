@@ -69,8 +69,8 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         uuid = str(uuids.uuid4())
         place = known_facts(folder, snapshot.folder.name)
         info = replace(before, uuid=uuid, domain=domain_name(before.name, uuid), **place)
-        folder.begin_halfway(Halfway(before, info, snapshot.folder.name))
         Ledger.of(folder.layout).plan(info.id, *_things_of(folder, info))
+        folder.begin_halfway(Halfway(before, info, snapshot.folder.name))
         failpoint("rollback.written")
         try:
             _start(sandbox, info, replace(made.prepared, template=snapshot), made.policy, programs)
@@ -151,8 +151,8 @@ def recover(folder: SessionFolder) -> str | None:
     end_guest(folder, gone)
     failpoint("rollback.ended")
     remove_guest_files(folder, gone)
-    Ledger.of(folder.layout).gone(gone.id, *_things_of(folder, gone))
     folder.end_halfway()
+    Ledger.of(folder.layout).gone(gone.id, *_things_of(folder, gone))
     return f"its rollback to {tag} was finished" if is_committed else f"its rollback to {tag} was undone"
 
 

@@ -46,7 +46,14 @@ def run_command_rules(
             image=request.policy.image, isolation=request.policy.isolation, resources=request.policy.resources
         )
         fresh = replace(
-            request, project=None, name=None, policy=policy, keep=False, network=NetworkMode.NONE, learn=False
+            request,
+            project=None,
+            name=None,
+            policy=policy,
+            keep=False,
+            network=NetworkMode.NONE,
+            learn=False,
+            held=True,
         )
         with Sandbox.open(request=fresh, layout=layout, monitor=monitor) as guest:
             folder = f"{PROJECTS}/project"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +32,8 @@ from vmsandbox.session.admitting import room_for
 from vmsandbox.session.baseline import keep_baseline
 from vmsandbox.session.ending import end_session
 from vmsandbox.session.enforced import enforced
-from vmsandbox.session.folder import (
-    SessionFolder,
-    SessionInfo,
-)
+from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.holding import effective_for, held
 from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.origin import adopt, standing_on
@@ -47,6 +45,7 @@ from vmsandbox.session.watching import needs_watcher, start_watcher
 from vmsandbox.spec import WORKER, History, NetworkMode
 
 if TYPE_CHECKING:
+    from vmsandbox.guest.ask import Question
     from vmsandbox.guest.ssh import GuestShell
     from vmsandbox.review.changes import Changes
     from vmsandbox.session.asking import Asking, Person
@@ -80,7 +79,7 @@ class Sandbox:
         cls,
         project: str | Path | None = None,
         *,
-        policy: Policy | None = None,
+        policy: Policy | str | Path | None = None,
         request: SessionRequest | None = None,
         layout: Layout | None = None,
         programs: Programs | None = None,
@@ -90,7 +89,8 @@ class Sandbox:
 
         Args:
             project: folder on the host; None starts an empty guest.
-            policy: what may be copied in (default: everything but ignored files and secrets).
+            policy: a policy, its file, or a ready-made one's name; None: the project's own, if it has one. It holds
+                within the organisation's and the person's, as on the command line.
             request: all that can be asked for; `project` and `policy` override its fields.
 
         Raises:
@@ -99,11 +99,12 @@ class Sandbox:
         asked = request or SessionRequest()
         if project is not None:
             asked = replace(asked, project=Path(project).absolute())
-        if policy is not None:
-            asked = replace(asked, policy=policy)
-        asked.check()
         where = layout or Layout.from_environment()
         listener = monitor or Monitor()
+        if not asked.held:
+            named = Path(policy) if isinstance(policy, str) else policy
+            asked = held(asked, named or (asked.policy if asked.policy != Policy() else None), listener)
+        asked.check()
         # 0.3 s of imports, while libvirt and QEMU are at work. Not a daemon thread: the end of the process would
         # tear it out of compiled code, which aborts ("FATAL: exception not rethrown", status 134).
         threading.Thread(target=get_ready, args=(asked.project is not None,)).start()
@@ -142,7 +143,7 @@ class Sandbox:
                 if needs_watcher(asked.policy.session, reserved):
                     start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner, reserved)
             except BaseException as error:
-                sandbox._failed(error)
+                sandbox.failed(error)
                 raise
         finally:
             host.close()
@@ -229,20 +230,26 @@ class Sandbox:
         """Write down that a command started with `start` has ended."""
         self.journal.append(events.CommandEnded(status, round(seconds, 3)))
 
-    def run(self, command: Sequence[str], *, stdin: int | None = None) -> int:
+    def run(
+        self, command: Sequence[str], *, stdin: int | None = None, answer: Callable[[Question], bool] | None = None
+    ) -> int:
         """Run a command with this process's stdout and stderr; returns its exit status.
+
+        Args:
+            answer: asked about each command that the policy wants confirmed; None: the answer is no.
 
         Raises:
             LimitReachedError: it wrote more than it may, or the session's time was up.
         """
         from vmsandbox.guest.streams import join_streams, write_all
+        from vmsandbox.session.asking import answered_by
 
         began = time.monotonic()
-        with limited(self) as meter:
+        with limited(self) as meter, self.asking(answered_by(answer)) as asking:
             channel = self.start(command)
             with ended_at_limit(channel):
                 out, err = meter.sink(write_all(1)), meter.sink(write_all(2))
-                status = join_streams(channel, stdin, out, err, fed=meter.note)
+                status = join_streams(channel, stdin, out, err, fed=meter.note, attention=asking)
         self.ended(status, time.monotonic() - began)
         return status
 
@@ -253,11 +260,15 @@ class Sandbox:
         programs: Programs | None = None,
         history: History = History.NONE,
     ) -> None:
-        """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`)."""
+        """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`).
+
+        policy: the one that holds (`session.holding`); None: as for `open`.
+        """
         from vmsandbox.session.history import give_history
         from vmsandbox.session.project import guest_folder_for, push_project
 
-        rules, runner = policy or Policy(), programs or Programs()
+        rules = policy if policy is not None else effective_for(project, None, self.monitor).policy
+        runner = programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
         with enforced(self, rules, project, guest_folder_for(project)):
             self.info = push_project(self, project, rules, runner, history.value)
@@ -297,7 +308,8 @@ class Sandbox:
 
     # -- starting ------------------------------------------------------------------------------------------
 
-    def _failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
+        """Write down why it did not come up, and remove what there is of it."""
         brief = error.brief if isinstance(error, VmsandboxError) else f"interrupted ({type(error).__name__})"
         details = error.details if isinstance(error, VmsandboxError) else str(error)
         with suppress(VmsandboxError):

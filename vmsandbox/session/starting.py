@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import time
 import uuid as uuids
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmsandbox import __version__
 from vmsandbox.failpoints import failpoint
+from vmsandbox.guest.control import ControlPort
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.fork import DOMAIN_PREFIX, ForkRequest, start_fork
 from vmsandbox.journal import events
@@ -120,8 +122,17 @@ def back_up(sandbox: Sandbox, asked: SessionRequest, programs: Programs) -> Futu
         pool.shutdown(wait=False)
 
 
-def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: Prepared, programs: Programs) -> None:
+def start_guest(
+    sandbox: Sandbox,
+    host: Host,
+    asked: SessionRequest,
+    prepared: Prepared,
+    programs: Programs,
+    fork: Callable[..., tuple[DomainPlan, ControlPort]] = start_fork,
+) -> None:
     """Fork the template, look at what really runs, give it its identity and network, and log in.
+
+    fork: how it is forked (`hypervisor.fork.start_fork`, or alike).
 
     Raises:
         RefusedError, HostError, GuestError: it is not what was asked for, or did not come up; the caller tears down.
@@ -143,7 +154,7 @@ def start_guest(sandbox: Sandbox, host: Host, asked: SessionRequest, prepared: P
     environment = guest_environment(variables) if variables else None
     sandbox.network_to_come = NetworkToCome(asked, prepared, sandbox.folder, sandbox.info, programs, sandbox.monitor)
     with sandbox.monitor.step(f"starting guest {sandbox.name}"):
-        domain, control = start_fork(
+        domain, control = fork(
             host, request, programs, lambda plan, xml: _inspect(sandbox, host, asked.policy, prepared, plan, xml)
         )
         network = sandbox.network_to_come.result()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from vmsandbox.policy.fetchers import bundles_for
 from vmsandbox.policy.importing.draft import Draft
 from vmsandbox.policy.importing.shapes import NotUnderstoodError, a_list, a_mapping, a_number, a_text
 from vmsandbox.policy.importing.texts import depends, seconds, secret, shown
@@ -62,7 +63,9 @@ def commands(draft: Draft, at: str, value: Any) -> None:
         return
     session = draft.sandbox.setdefault("session", {})
     before = session.pop("post_create", None)
-    how = "once per template, in an empty home: the project is not there yet"
+    how = "once per template, with what it names of the project (session.post_create_files says more)"
+    if bundles := bundles_for(lines):
+        how += f"; it fetches packages: allow {', '.join(bundles)} under network"
     draft.set(at, "session.post_create", " && ".join(([before] if before else []) + lines), how)
 
 
