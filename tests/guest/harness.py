@@ -20,7 +20,8 @@ from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.sandbox import Sandbox
 
 PROGRAM = [sys.executable, "-m", "vmsandbox"]

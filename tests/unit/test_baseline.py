@@ -17,7 +17,8 @@ from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.paths import Layout
 from vmsandbox.session.baseline import baseline_of, differences, domain_facts, keep_baseline, kept_baseline
 from vmsandbox.session.ending import end_session
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 
 DIGEST = "0" * 64
 KEY, BASE = "1" * 32, "2" * 32

@@ -19,8 +19,9 @@ from vmsandbox.hypervisor.connection import Host, Running
 from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.gc import collect_garbage
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.orphans import orphans
 from vmsandbox.session.renewal import renew_ledger
 

@@ -24,9 +24,10 @@ from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, Sessio
 from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon, share_available
-from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id, process_started
+from vmsandbox.session.folder import SessionFolder, process_started
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
+from vmsandbox.session.info import SessionInfo, new_session_id
 from vmsandbox.session.limits import LimitReachedError, Meter, activity_file, ended_by_limit, limited
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.sizes import disk_free_of, refuse_grade

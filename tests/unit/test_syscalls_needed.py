@@ -14,7 +14,7 @@ from vmsandbox.policy.syscalls_needed import SETPRIV, missing_calls, recorded
 
 SAMPLE = (Path(__file__).parent / "data/import/seccomp-claude.json").read_text()
 PROGRAMS = {"bash", "bash (interactive)", "bash (runs a program)", "git status", "git commit", "python3", "pip"}
-PROGRAMS |= {"login", SETPRIV}
+PROGRAMS |= {"login", "the host's read-back", SETPRIV}
 
 
 def _permitting(*names: str, default: str = "SCMP_ACT_ERRNO", **more: object) -> str:

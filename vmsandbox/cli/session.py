@@ -134,7 +134,9 @@ def _standing(request: SessionRequest, policy: Path | None) -> Sandbox:
 
     if (found := standing_guest(request, Layout.from_environment(), Programs(), monitor)) is not None:
         return found
-    sandbox = open_guest(request, policy)
+    from vmsandbox.session.sandbox import Sandbox
+
+    sandbox = Sandbox.open(request.project, request=request, monitor=monitor)
     sandbox.disconnect()
     keep_start(sandbox)
     return sandbox

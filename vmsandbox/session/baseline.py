@@ -26,7 +26,8 @@ from vmsandbox.image.manifest import MANIFEST, SHORT
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.background import background_is_alive
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.orphans import processes_of
 
 RECORD = "shared.json"
@@ -106,12 +107,13 @@ def kept_baseline(folder: SessionFolder) -> Baseline | None:
 def domain_facts(live_xml: str, info: SessionInfo) -> str:
     """SHA-256 of what a domain's live XML says of its machine, without what tells one guest from the next.
 
-    Left out: its UUID, number, name, generation id, user, where its sockets, its disk and its memory lie, and which
+    Left out: its UUID, number, name, generation id, user, processor's features, where its sockets, its disk and its memory lie, and which
     ports are open.
     """
     tree = ET.fromstring(live_xml)  # noqa: S314 - from the trusted daemon
     tree.attrib.pop("id", None)
-    for tag in ("name", "uuid", "genid", "seclabel"):
+    # cpu: libvirt fills the features in at some time after a start; a fork's are its template's, or it would not run.
+    for tag in ("name", "uuid", "genid", "seclabel", "cpu"):
         for element in tree.findall(tag):
             tree.remove(element)
     for target in tree.iterfind("devices/channel/target"):

@@ -16,7 +16,8 @@ from contextlib import suppress
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.journal import events
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 
 NO_ROOM = 64 << 20  # bytes; QEMU's files grow by clusters
 ENOUGH_ROOM = 192 << 20

@@ -31,10 +31,11 @@ from vmsandbox.process import Programs
 from vmsandbox.review.text import shown
 from vmsandbox.session.authority import make_authority
 from vmsandbox.session.egress_log import EgressLog
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.freezing import freeze_guest
 from vmsandbox.session.guest_settings import FORWARDED, guest_network
 from vmsandbox.session.host_addresses import own_addresses
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.variables import guest_variables
 from vmsandbox.spec import WORKER_HOME, NetworkMode
 

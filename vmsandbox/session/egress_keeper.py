@@ -26,7 +26,8 @@ from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.egress import Egress, EgressPlan
 from vmsandbox.session.filtered import reopen_card
-from vmsandbox.session.folder import SessionFolder, SessionInfo, guests_of
+from vmsandbox.session.folder import SessionFolder, guests_of
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.keeper import FORWARDS, GO
 from vmsandbox.spec import WORKER, NetworkMode
 

@@ -10,7 +10,8 @@ from vmsandbox.failpoints import failpoint
 from vmsandbox.journal import events
 from vmsandbox.paths import Layout
 from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.teardown import tear_down
 
 

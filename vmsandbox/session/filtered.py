@@ -46,8 +46,9 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.render.network import PREFIX_BITS, PROXY_PORT, CardPlan
 from vmsandbox.session.card_sockets import listen_on, silence, sockets_of
-from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
+from vmsandbox.session.folder import SessionFolder, live_sessions
 from vmsandbox.session.freezing import freeze_guest
+from vmsandbox.session.info import SessionInfo
 
 RECORD = "card.json"
 _TRIES = 3  # for an address: another program may take it between our look and our use

@@ -10,7 +10,8 @@ from contextlib import suppress
 
 from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.journal import events
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 
 BY_NETWORK = "network"  # the watch of a filtered card, which ends with its alarm
 

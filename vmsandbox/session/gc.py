@@ -27,7 +27,8 @@ from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
-from vmsandbox.session.folder import SessionFolder, SessionInfo, live_sessions
+from vmsandbox.session.folder import SessionFolder, live_sessions
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.orphans import Removed, applied_to, forget_applied, orphans, owned_guests, remove_orphan
 from vmsandbox.session.quotas import make_room, remove_old_records
 from vmsandbox.session.recovery import recovered_guests

@@ -15,7 +15,7 @@ from typing import Any
 
 from vmsandbox.errors import GuestError
 from vmsandbox.guest.control import ControlPort
-from vmsandbox.session.folder import SessionKeys
+from vmsandbox.session.info import SessionKeys
 
 SEED_BYTES = 64  # twice what the kernel's generator holds
 

@@ -16,7 +16,8 @@ from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.policy.values import Policy
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.plan import Prepared
 from vmsandbox.session.sizes import refuse_grade
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import GuestError, JournalError, VmsandboxError
 from vmsandbox.journal import events
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox

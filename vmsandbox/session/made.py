@@ -18,7 +18,8 @@ from vmsandbox.image.manifest import read_image
 from vmsandbox.image.store import ImageStore
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder, write_text
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import write_text
 from vmsandbox.session.plan import Prepared
 from vmsandbox.spec import Accelerator, GuestLimits, GuestShape
 

@@ -15,7 +15,8 @@ from vmsandbox.guest.control import ControlPort
 from vmsandbox.monitor import Monitor
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.spec import NetworkMode
 

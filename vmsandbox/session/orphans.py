@@ -23,7 +23,8 @@ from vmsandbox.ledger.book import Kind, Ledger, Row, things_of
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import IMAGE_NAME, SESSION_NAME, Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 
 _WHY = "the ledger has it, and what it belonged to is gone"
 _UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"

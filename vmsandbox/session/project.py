@@ -25,9 +25,9 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import BULK_CHANNEL
 from vmsandbox.session.collect import SENDER, baseline_file
-from vmsandbox.session.folder import SessionInfo
 from vmsandbox.session.history import HistoryMode, snapshot_on_the_way
 from vmsandbox.session.incoming import Incoming
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.spec import PROJECTS
 
 if TYPE_CHECKING:

@@ -2,6 +2,18 @@
 
 The guest's work lies in the record's quarantine until it is collected anew; a person may look at it and accept it
 long after the session. Everything here works from the record's folder alone.
+
+    records/<id>/events.jsonl   the journal
+    records/<id>/egress.jsonl   what its broker did (vmsandbox.session.egress_log)
+    records/<id>/pushed.jsonl   manifest of what was copied in
+    records/<id>/withheld.json  what stayed on the host, and why
+    records/<id>/findings.json  what was found in what was copied in, or was not because of it
+    records/<id>/returns-*.json what its policies let come back (the journal says which is in force)
+    records/<id>/base.jsonl     the same, with what was accepted since
+    records/<id>/quarantine/    what came back (vmsandbox.receive.store)
+    records/<id>/accepted.jsonl what was accepted, and by whom
+    records/<id>/backup/        the project of before (vmsandbox.session.backup)
+    records/<id>/history.json   what the guest's repository started from
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
-from vmsandbox.session.folder import Halfway, SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.identity import go_on_as
+from vmsandbox.session.info import Halfway, SessionInfo
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import made_of
 from vmsandbox.session.plan import Prepared

@@ -32,8 +32,9 @@ from vmsandbox.session.admitting import room_for
 from vmsandbox.session.baseline import keep_baseline
 from vmsandbox.session.ending import end_session
 from vmsandbox.session.enforced import enforced
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.holding import effective_for, held
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.limits import ended_at_limit, limited, note_activity
 from vmsandbox.session.networking import GuestNetwork, NetworkToCome
 from vmsandbox.session.origin import adopt, standing_on

@@ -29,8 +29,9 @@ from vmsandbox.hypervisor.launch import disk_errors
 from vmsandbox.hypervisor.snapshot import MANIFEST, Running, find_snapshot, go_on, publish_snapshot, take
 from vmsandbox.hypervisor.template import DISK, TemplateStore
 from vmsandbox.journal import events
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.freezing import is_frozen
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.made import is_emulated
 from vmsandbox.session.quotas import check_quota
 from vmsandbox.spec import NetworkMode

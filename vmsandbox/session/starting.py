@@ -26,9 +26,10 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
-from vmsandbox.session.folder import SessionFolder, SessionInfo, new_session_id
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.identity import give_identity
+from vmsandbox.session.info import SessionInfo, new_session_id
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import keep_made
 from vmsandbox.session.networking import NetworkToCome

@@ -21,7 +21,8 @@ from vmsandbox.failpoints import failpoint
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.keeper import end_keeper
 from vmsandbox.session.watching import end_watcher
 

@@ -26,10 +26,11 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
 from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.ending import end_session
-from vmsandbox.session.folder import SessionFolder, SessionInfo, guests_of
+from vmsandbox.session.folder import SessionFolder, guests_of
 from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.health import Health
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.limits import activity_file
 from vmsandbox.session.teardown import end_guest
 from vmsandbox.session.watching import COLLECT_SECONDS

@@ -12,7 +12,8 @@ from contextlib import suppress
 from vmsandbox.policy.values import SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.background import end_background, start_background
-from vmsandbox.session.folder import SessionFolder, SessionInfo
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.limits import activity_file
 
 KIND = "watcher"
