@@ -16,6 +16,7 @@ import pytest
 
 from vmsandbox import failpoints
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, live_sessions, process_started
 from vmsandbox.session.info import SessionInfo, SessionKeys, new_session_id

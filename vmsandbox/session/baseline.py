@@ -107,8 +107,8 @@ def kept_baseline(folder: SessionFolder) -> Baseline | None:
 def domain_facts(live_xml: str, info: SessionInfo) -> str:
     """SHA-256 of what a domain's live XML says of its machine, without what tells one guest from the next.
 
-    Left out: its UUID, number, name, generation id, user, processor's features, where its sockets, its disk and its memory lie, and which
-    ports are open.
+    Left out: its UUID, number, name, generation id, user, processor's features, where its sockets, its disk and its
+    memory lie, and which ports are open.
     """
     tree = ET.fromstring(live_xml)  # noqa: S314 - from the trusted daemon
     tree.attrib.pop("id", None)
