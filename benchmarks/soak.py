@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ def main() -> int:
     for problem in result.problems:
         print(f"  {problem}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**asdict(result), "grown": grown}, indent=1))
+        arguments.json.write_text(json.dumps({**vars(result), "grown": grown}, indent=1))
     return 1 if grown or result.problems else 0
 
 

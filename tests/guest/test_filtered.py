@@ -382,7 +382,8 @@ from vmsandbox.hypervisor.connection import Host
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.filtered import open_card
-from vmsandbox.session.folder import SessionFolder, process_started
+from vmsandbox.ledger.processes import process_started
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo, new_session_id
 layout = Layout.from_environment()
 info = SessionInfo(id=new_session_id("dead"), name=sys.argv[1], uuid="00000000-1111-4222-8333-444444444444",

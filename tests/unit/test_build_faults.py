@@ -82,6 +82,8 @@ def _one(layout: Layout, number: int, fault: str, name: str) -> None:
     store.verify(now, force=True)  # whole, whichever it is
     if name in ("ledger.planned", "build.folder", "build.parts", "build.packages", "build.assembled", "build.durable"):
         assert now.digest == before
+    if fault != "kill":
+        assert not [entry for entry in published(layout) if entry.startswith(".building")], (name, fault)
     store.prune_building()
     folders = {image.folder.name for image in store.versions("tiny")}
     assert published(layout) <= folders | {"current", ".next"}, (name, fault)

@@ -16,8 +16,9 @@ import pytest
 
 from vmsandbox import failpoints
 from vmsandbox.errors import GuestError, HostError, UserInputError
+from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder, live_sessions, process_started
+from vmsandbox.session.folder import SessionFolder, live_sessions
 from vmsandbox.session.info import SessionInfo, SessionKeys, new_session_id
 from vmsandbox.session.project import guest_folder_for
 from vmsandbox.session.teardown import tear_down

@@ -18,13 +18,14 @@ import pytest
 from vmsandbox.errors import GuestError, RefusedError, UserInputError, VmsandboxError
 from vmsandbox.hypervisor.isolation import Check, Isolation
 from vmsandbox.journal import events
+from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
 from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon, share_available
-from vmsandbox.session.folder import SessionFolder, process_started
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
 from vmsandbox.session.info import SessionInfo, new_session_id

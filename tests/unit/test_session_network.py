@@ -16,12 +16,13 @@ from cryptography import x509
 from vmsandbox.egress.values import EgressEvent, EgressKind
 from vmsandbox.errors import RefusedError, UserInputError, VmsandboxError
 from vmsandbox.journal.chain import Journal
+from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import NetworkPolicy, Policy
 from vmsandbox.session import egress_log
 from vmsandbox.session.authority import make_authority
 from vmsandbox.session.egress_log import EgressLog, read_events
-from vmsandbox.session.folder import SessionFolder, process_started
+from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guest_settings import guest_network
 from vmsandbox.session.host_addresses import own_addresses
 from vmsandbox.session.keeper import end_keeper, keeper_is_alive
