@@ -166,7 +166,7 @@ def leftovers(home: Path) -> set[str]:
     found |= {f"templates/{path.name}" for path in layout.templates.glob(".making-*") if not _is_held(path)}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = (process / "cmdline").read_bytes()
+            command = _command_of(process)
             if b"qemu-system" in command.split(b"\0")[0] and os.fsencode(home) + b"/" in command:
                 found.add(f"QEMU {process.name}")
             elif os.fsencode(home) + b"/" in command and any(
@@ -185,6 +185,15 @@ def leftovers(home: Path) -> set[str]:
     finally:
         host.close()
     return found
+
+
+def _command_of(process: Path) -> bytes:
+    """The words of a process in /proc. For an instant while it is started it has none; a zombie never has any again."""
+    for _ in range(100):
+        if (command := (process / "cmdline").read_bytes()) or not (process / "exe").exists():
+            return command
+        time.sleep(0.01)
+    return b""
 
 
 def _is_held(making: Path) -> bool:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import mmap
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -152,32 +151,6 @@ def test_the_hosts_environment_does_not_come_along(cli: Cli, guest: Guest) -> No
 
 def test_the_clock_is_the_hosts(guest: Guest) -> None:
     assert abs(int(guest.sh("date +%s")) - time.time()) < 30
-
-
-@pytest.mark.alone
-def test_six_at_once_all_answer_and_the_same_name_twice_does_not(cli: Cli) -> None:
-    names = [f"six-{number}" for number in range(6)] + ["six-0"]
-    statuses: dict[int, tuple[int, bytes]] = {}
-
-    def one(number: int) -> None:
-        done = cli("start", "--empty", "--name", names[number], status=None)
-        statuses[number] = done.returncode, done.stderr
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(names))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    try:
-        twins = sorted((statuses[0], statuses[6]))
-        assert [status for status, _ in twins] == [0, 125]
-        assert b"exists already" in twins[1][1]
-        assert [statuses[number][0] for number in range(1, 6)] == [0] * 5, statuses
-        machine_ids = {cli.guest(f"six-{number}").sh("cat /etc/machine-id; hostname") for number in range(6)}
-        assert len(machine_ids) == 6
-        assert len({json.dumps(row) for row in cli.json("ls") if row["state"] == "running"}) >= 6
-    finally:
-        cli("stop", *[f"six-{number}" for number in range(6)], status=None)
 
 
 def test_a_fork_leaves_its_template_and_image_as_they_were(cli: Cli, pair: Pair) -> None:
