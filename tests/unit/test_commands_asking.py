@@ -79,7 +79,7 @@ class Guest:
         self.folder.path.mkdir(parents=True)
         run = layout.run / "x-abcdef"
         run.mkdir(parents=True)
-        self.folder.info = lambda: SimpleNamespace(id="1-x-abcdef")  # type: ignore[method-assign, assignment, return-value]
+        self.folder.info = lambda: SimpleNamespace(uuid="1-x-abcdef")  # type: ignore[method-assign, assignment, return-value]
         self.server = socket.socket(socket.AF_UNIX)
         self.server.bind(str(run / "ask"))
         self.server.listen(4)

@@ -19,6 +19,7 @@ from vmsandbox.errors import GuestError, RefusedError, UserInputError, Vmsandbox
 from vmsandbox.hypervisor.isolation import Check, Isolation
 from vmsandbox.journal import events
 from vmsandbox.ledger.processes import process_started
+from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
@@ -205,7 +206,7 @@ def folder(tmp_path: Path) -> SessionFolder:
 def a_sandbox(folder: SessionFolder, **more: Any) -> Any:
     info = info_of(**more)
     folder.claim(info)
-    return SimpleNamespace(folder=folder, info=info, journal=folder.journal(info.id))
+    return SimpleNamespace(folder=folder, info=info, journal=folder.journal(info.id), monitor=Monitor())
 
 
 def test_output_up_to_the_limit_and_not_a_byte_more(folder: SessionFolder) -> None:
