@@ -103,7 +103,8 @@ def test_a_session_with_a_command_is_whole_in_one_go(cli: object, tmp_path: Path
     events = [json.loads(line)["kind"] for line in cli("logs", "whole", "--json").stdout.splitlines()]
     assert events == [
         "session.opened", "guest.forked", "guest.isolation", "guest.ready", "project.pushed", "push.scanned",
-        "command.started", "command.ended", "return.received", "session.closed", "changes.reviewed",
+        "command.started", "command.ended", "return.received", "baseline.proven", "session.closed",
+        "changes.reviewed",
     ]  # fmt: skip
     assert sorted(path.name for path in root.iterdir()) == sorted(["a.txt", "-x'$(id)\n"]), "the project was touched"
 

@@ -52,7 +52,7 @@ def test_start_leaves_a_keeper_and_stop_ends_all(started: Callable[..., RootedGu
     for pid in (keeper, broker):
         assert not Path(f"/proc/{pid}/exe").exists(), "it runs"
     kinds = [json.loads(line)["kind"] for line in (record / "events.jsonl").read_bytes().splitlines()]
-    assert kinds[-2:] == ["egress.closed", "session.closed"]
+    assert kinds[-3:] == ["egress.closed", "baseline.proven", "session.closed"]
 
 
 def test_a_keeper_ends_with_its_guest(started: Callable[..., RootedGuest]) -> None:
