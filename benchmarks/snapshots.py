@@ -29,7 +29,7 @@ from pathlib import Path
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.kvm import prove_kvm
-from vmsandbox.hypervisor.launch import Machine, create_overlay, give, own_folder
+from vmsandbox.hypervisor.launch import Machine, choose_user, create_overlay, give, own_folder
 from vmsandbox.image.cpio import CpioEntry, cpio_archive
 from vmsandbox.image.store import ImageStore
 from vmsandbox.paths import Layout, resource_folder
@@ -128,9 +128,9 @@ class Reference:
         self.run = layout.run / f"bench-{self.uuid[:8]}"
 
     def boot(self) -> None:
+        user = choose_user(self.host, self.shape)
         for folder in (self.folder, self.run):
-            own_folder(folder, None)
-            folder.chmod(0o777)  # of QEMU's user, whichever libvirt takes
+            own_folder(folder, user)
         seed = render_seed(resource_folder("cloudinit"), self.shape)
         entries = [CpioEntry.folder("seed", 0o700)]
         entries += [CpioEntry.file(f"seed/{name}", content, 0o600) for name, content in seed.items()]
@@ -138,14 +138,15 @@ class Reference:
         plain = self.image.initrd.read_bytes()
         initrd.write_bytes(plain + bytes(-len(plain) % 512) + cpio_archive(entries))
         create_overlay(self.programs, disk, self.image.root, "raw")
-        give(disk, self.host.qemu_user)
+        for path in (initrd, disk):
+            give(path, user)
         machine = Machine.of(self.host, self.shape)
         plan = DomainPlan(
             name=self.folder.name, uuid=self.uuid, genid=self.uuid, shape=self.shape, machine=machine.type,
             emulator=machine.emulator, kernel=self.image.kernel, initrd=initrd,
             disk_chain=(DiskImage(disk, "qcow2"), DiskImage(self.image.root, "raw")), run_folder=self.run,
             ram=self.folder / "unused", ram_share=False, ram_readonly=False, incoming=False, session_id="bench",
-            home=self.folder,
+            home=self.folder, run_as=user,
         )  # fmt: skip
         domain = ET.fromstring(render_domain(plan))
         for own in domain.findall(f"{{{QEMU_NS}}}commandline"):
