@@ -34,7 +34,7 @@ def merge_network(outer: Layer, inner: Layer) -> NetworkPolicy:
         dlp_canaries=_searched(outer, inner, "canaries"),
         dlp_freeze=ours.dlp_freeze or theirs.dlp_freeze,
         limits=_limits(dict(ours.limits), dict(theirs.limits)),
-        resolver=_resolver(ours.resolver, theirs.resolver),
+        resolver=ours.resolver or theirs.resolver,  # not what both name: nothing would mean the host's own
         within=tuple(rest),
     )
 
@@ -124,10 +124,3 @@ def _limits(ours: dict[str, float], theirs: dict[str, float]) -> tuple[tuple[str
         limited = [value for value in values if value or name != "bytes_per_second"]  # 0 there: no limit
         found[name] = min(limited, default=0)
     return tuple(found.items())
-
-
-def _resolver(ours: tuple[str, ...], theirs: tuple[str, ...]) -> tuple[str, ...]:
-    """Never none of those that the wider file names: that would be the host's own."""
-    if not ours:
-        return theirs
-    return tuple(one for one in theirs if one in ours) or ours
