@@ -29,7 +29,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [*PROGRAM, *words],
             stdin=self.slave, stdout=self.slave, stderr=self.slave,
-            env={**guest.cli.environment, "TERM": "xterm-256color"}, cwd="/", start_new_session=True,
+            env={**guest.cli.environment, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}, cwd="/",
+            start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
 

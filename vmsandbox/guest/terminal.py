@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import sys
 import termios
@@ -29,7 +28,7 @@ _PIECE = 64 * 1024
 
 def terminal_size() -> tuple[str, int, int]:
     """(TERM, columns, rows) of this process's terminal."""
-    size = shutil.get_terminal_size()
+    size = os.get_terminal_size(0)  # not shutil's: COLUMNS and LINES in the environment are a shell's own, or old
     return os.environ.get("TERM", "xterm-256color"), size.columns, size.lines
 
 
