@@ -117,7 +117,7 @@ def cli(home: Path) -> Cli:
 @pytest.fixture
 def other_home(cli: Cli) -> Iterator[Cli]:
     """A second home that borrows the first one's image and templates; a test may replace them."""
-    folder = Path(tempfile.mkdtemp(prefix="vmsb-", dir=SHARED))
+    folder = Path(tempfile.mkdtemp(prefix="o-", dir=SHARED))
     folder.chmod(0o711)
     borrow(cli.home, folder)
     yield Cli(folder)

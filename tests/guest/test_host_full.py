@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file s
 @pytest.fixture
 def small_home(cli: Cli) -> Iterator[Cli]:
     """A home whose running guests have a disk of their own, of a size that a test can fill."""
-    folder = Path(tempfile.mkdtemp(prefix="vmsb-", dir=cli.home.parent))
+    folder = Path(tempfile.mkdtemp(prefix="o-", dir=cli.home.parent))
     folder.chmod(0o711)
     for name in ("images", "templates", "cache"):
         (folder / name).symlink_to(cli.home / name)
