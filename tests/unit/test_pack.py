@@ -15,7 +15,7 @@ import pytest
 from receiving import from_tree
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.guest.pack import PushedManifest, pack
+from vmsandbox.guest.pack import RECORD, PushedManifest, pack, pack_files
 from vmsandbox.guest.walk import Limits, Walk, walk_project
 from vmsandbox.policy.values import Policy
 from vmsandbox.review.changes import compare
@@ -99,7 +99,23 @@ def test_owners_are_not_told(project: Path) -> None:
 def test_an_empty_project_is_an_empty_archive(project: Path, tmp_path: Path) -> None:
     archive, pushed = packed(walk_project(project, Policy()))
     assert list(unpacked(archive, tmp_path / "copy").iterdir()) == []
-    assert pushed.manifest.items == {} and len(archive) == 1024
+    assert pushed.manifest.items == {} and len(archive) == RECORD
+
+
+@pytest.mark.parametrize("size", [0, 1, RECORD - 1536, RECORD - 1024, RECORD - 512, RECORD])
+def test_a_second_archive_follows_the_first_in_one_stream(project: Path, tmp_path: Path, size: int) -> None:
+    (project / "a").write_bytes(b"a" * size)
+    stream = io.BytesIO()
+    pack(walk_project(project, Policy()), stream.write)
+    pack_files(iter([(".git/HEAD", 5, (b"ref: ",))]), stream.write)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    untar = f"tar -x -b {RECORD // 512} -B -f -"
+    script = f"cat | {{ {untar} -C {first} && {untar} -C {second}; wc -c; }}"  # a pipe, as the port is none to seek in
+    left = subprocess.run(["sh", "-c", script], input=stream.getvalue(), check=True, capture_output=True).stdout
+    assert left.strip() == b"0"
+    assert (first / "a").read_bytes() == b"a" * size and not (first / ".git").exists()
+    assert (second / ".git/HEAD").read_bytes() == b"ref: "
 
 
 def test_writes_are_large_and_progress_ends_at_all(project: Path) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from vmsandbox.errors import GuestError
 from vmsandbox.guest.control import connect_unix
 
-RECORD = 64 << 10  # bytes; an archive is padded to a whole number of these, so that its reader need not know the end
 TICK = 0.5  # seconds
 
 
@@ -28,7 +27,6 @@ class BulkPort:
     def __init__(self, path: Path) -> None:
         self._socket: socket.socket = connect_unix(path, 5)
         self._socket.setblocking(False)
-        self._sent = 0
 
     def write(self, data: bytes, ended: Callable[[], bool], patience: float = 120) -> None:
         """Send all of it.
@@ -51,16 +49,11 @@ class BulkPort:
                 except OSError as error:
                     raise GuestError("the guest went away", details=str(error)) from error
                 rest = rest[sent:]
-                self._sent += sent
                 until = time.monotonic() + patience
             elif ended():
                 raise GuestError("the guest's program ended before it had taken everything")
             elif time.monotonic() > until:
                 raise GuestError(f"the guest took nothing for {patience:g} seconds")
-
-    def pad(self, ended: Callable[[], bool]) -> None:
-        """Fill the last record up, so that an archive's reader comes to its end."""
-        self.write(bytes(-self._sent % RECORD), ended)
 
     def nudge(self) -> None:
         """Send a byte that nobody will read; to be done now and then while the reader still has to end.

@@ -31,6 +31,7 @@ from vmsandbox.review.values import Contents
 _BATCH = 256 << 10  # bytes collected before one write
 _CHUNK = 1 << 20  # bytes read at once
 _BLOCK = 512  # tar pads everything to this
+RECORD = 64 << 10  # bytes; an archive is padded to a whole number of these, so that its reader need not know the end
 # O_NONBLOCK: a FIFO swapped in must not block.
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TYPES = {"file": tarfile.REGTYPE, "dir": tarfile.DIRTYPE, "symlink": tarfile.SYMTYPE}
@@ -52,13 +53,10 @@ Files = Iterator[tuple[str, int, Iterable[bytes]]]  # path, size, content
 
 
 class Companion(Protocol):
-    """Sees each file and link as it is sent, and may have more files sent after them."""
+    """Sees each file and link as it is sent."""
 
     def add(self, path: str, item: Item, content: bytes, mtime: int) -> None:
         """One file or link (content: where it leads). mtime: seconds."""
-
-    def members(self) -> Files:
-        """What is sent in the end."""
 
 
 def pack(
@@ -74,7 +72,6 @@ def pack(
         walk: what to send.
         write: takes the archive in pieces of some 256 KiB, in order; must take each whole.
         on_progress: told (content bytes read so far, content bytes in all) after each piece.
-        companion: the manifest does not have what it adds.
         on_content: given (path, bytes) of each file that is not empty, in pieces of at most 1 MiB, in order.
 
     Raises:
@@ -88,10 +85,12 @@ def pack(
 
 
 def pack_files(files: Files, write: Callable[[bytes], object]) -> None:
-    """Send files that no folder on the host holds."""
+    """Send files that no folder on the host holds, as an archive of their own."""
+    sent = 0
     for piece in _archived(files):
         write(piece)
-    write(bytes(2 * _BLOCK))
+        sent += len(piece)
+    write(_end(sent))
 
 
 def pack_returned(manifest: Manifest, contents: Contents, write: Callable[[bytes], object]) -> None:
@@ -166,11 +165,8 @@ class _Packer:
                 self._companion.add(entry.path, item, os.fsencode(entry.target or ""), 0)
 
     def finish(self) -> PushedManifest:
-        """Write the companion's files, the archive's end (tar: two empty blocks) and what is still waiting."""
-        if self._companion is not None:
-            for piece in _archived(self._companion.members()):
-                self._put(piece)
-        self._waiting += bytes(2 * _BLOCK)
+        """Write the archive's end and what is still waiting."""
+        self._waiting += _end(self._archive + len(self._waiting))
         self._flush()
         return PushedManifest(Manifest(self._items), self._files, self._content, self._archive)
 
@@ -263,6 +259,11 @@ class _Packer:
         self._waiting.clear()
         if self._on_progress is not None:
             self._on_progress(self._content, self._walk.total_bytes)
+
+
+def _end(sent: int) -> bytes:
+    """An archive's end: two empty blocks, and what the last record lacks. sent: bytes."""
+    return bytes(2 * _BLOCK + -(sent + 2 * _BLOCK) % RECORD)
 
 
 def _archived(files: Files) -> Iterator[bytes]:

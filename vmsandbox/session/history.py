@@ -47,7 +47,7 @@ class GivenRecord:
 
 
 class SnapshotOnTheWay:
-    """The guest's repository, made of the files as they are sent, and sent after them (`guest.pack.Companion`)."""
+    """The guest's repository, made of the files as they are sent (`guest.pack.Companion`), and sent after them."""
 
     def __init__(self, algorithm: str, folder: Path) -> None:
         self._snapshot = Snapshot(algorithm, folder)
@@ -55,10 +55,10 @@ class SnapshotOnTheWay:
         self.add = self._snapshot.add
         self.close = self._snapshot.close
 
-    def members(self) -> Files:
-        """The files of `.git`."""
+    def send(self, write: Callable[[bytes], object]) -> None:
+        """Send `.git`, as an archive of its own."""
         self._made = self._snapshot.finish()
-        return _members(self._made)
+        pack_files(_members(self._made), write)
 
     def given(self, record: Path) -> None:
         """The guest has it: write that down."""
@@ -186,12 +186,12 @@ def object_format(git: HostGit) -> str:
 
 def _send(sandbox: Sandbox, repository: GuestRepository, target: str) -> None:
     """Copy `.git` in, as an archive of the same kind as the project itself."""
-    from vmsandbox.session.project import UNTAR, send_archive
+    from vmsandbox.session.project import PORT, UNTAR, send_archive
 
     def fill(write: Callable[[bytes], None]) -> None:
         pack_files(_members(repository), write)
 
-    send_archive(sandbox, ["sh", "-c", f'rm -rf -- "$1/.git" && exec {UNTAR} -C "$1"', "sh", target], fill)
+    send_archive(sandbox, ["sh", "-c", f'rm -rf -- "$1/.git" && exec {UNTAR} -C "$1" <{PORT}', "sh", target], fill)
 
 
 def _members(repository: GuestRepository) -> Files:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmsandbox.errors import GuestError, UserInputError
 from vmsandbox.failpoints import failpoint
-from vmsandbox.guest.bulk import RECORD, TICK
-from vmsandbox.guest.pack import pack
+from vmsandbox.guest.bulk import TICK
+from vmsandbox.guest.pack import RECORD, pack
 from vmsandbox.guest.walk import Walk, walk_project
 from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
@@ -28,6 +28,7 @@ from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.history import HistoryMode, snapshot_on_the_way
 from vmsandbox.session.incoming import Incoming
 from vmsandbox.session.info import SessionInfo
+from vmsandbox.review.manifest import Manifest
 from vmsandbox.spec import PROJECTS
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ Result = TypeVar("Result")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _PIECE = 1 << 20
 _PATIENCE = 600  # seconds after the last byte
-UNTAR = f"tar -x -p --no-same-owner -b {RECORD // 512} -B -f /dev/virtio-ports/{BULK_CHANNEL}"
-_UNPACK = f'rm -rf -- "$1" && mkdir -m 0700 -- "$1" && {UNTAR} -C "$1"'
+# Opened once for all archives that follow each other: what has arrived and was not read is lost when a port is closed.
+PORT = f"/dev/virtio-ports/{BULK_CHANNEL}"
+UNTAR = f"tar -x -p --no-same-owner -b {RECORD // 512} -B -f -"
 # What the guest lists right after unpacking tells later what was not touched (receive.listing). The sender starts while
-# tar is at work. A project as small as this comes back whole in less time than that takes.
+# tar is at work, and lists while `.git` comes. A project as small as this comes back whole in less time than that takes.
 _SMALL_FILES, _SMALL_BYTES = 200, 1 << 20
 _MAX_BASELINE = 256 << 20
 
@@ -80,19 +82,24 @@ def push_project(
         incoming = Incoming(sandbox, walk, policy.push)
         incoming.before()
         failpoint("push.walked")
-        script = _UNPACK if small else f'{{ {_UNPACK} && echo unpacked; }} | "$2" --baseline "$1"'
         baseline = baseline_file(sandbox)
         baseline.unlink(missing_ok=True)
 
         def on_progress(done: int, whole: int) -> None:
             sandbox.monitor.progress(done, whole, "bytes")
 
+        def send(write: Write) -> Manifest:
+            sent = pack(walk, write, on_progress, snapshot, incoming.on_content).manifest
+            if snapshot is not None:
+                snapshot.send(write)
+            return sent
+
         record = sandbox.folder.record_folder(sandbox.info.id)
         with snapshot_on_the_way(project, walk.total_bytes, programs, record, history) as snapshot:
             untrusted_listing, manifest = send_archive(
                 sandbox,
-                ["sh", "-c", script, "sh", target, SENDER],
-                lambda write: pack(walk, write, on_progress, snapshot, incoming.on_content).manifest,
+                ["sh", "-c", _unpacking(lists=not small, git=snapshot is not None), "sh", target, SENDER],
+                send,
             )
             try:
                 incoming.check_sent(manifest)
@@ -123,6 +130,17 @@ def push_project(
     return info
 
 
+def _unpacking(*, lists: bool, git: bool) -> str:
+    """The guest's script: unpacks a project into "$1", and `.git` after it; "$2" lists what was unpacked."""
+    unpack = f'{UNTAR} -C "$1"'
+    project = f'rm -rf -- "$1" && mkdir -m 0700 -- "$1" && {unpack}'
+    if not lists:
+        return f"{{ {project}{f' && {unpack}' if git else ''}; }} <{PORT}"
+    # The pipe's end tells the sender to begin. A shell knows the status of a pipe's last command only: hence the kill.
+    behind = f" && exec >/dev/null && {{ {unpack} || kill $$; }}" if git else ""
+    return f'{{ {project} && echo unpacked{behind}; }} <{PORT} | "$2" --baseline "$1"'
+
+
 def _remove(sandbox: Sandbox, target: str) -> None:
     from vmsandbox.guest.ssh import exit_status
 
@@ -134,7 +152,7 @@ def _remove(sandbox: Sandbox, target: str) -> None:
 
 
 def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], Result]) -> tuple[bytes, Result]:
-    """Run a command that reads an archive from the bulk port (`UNTAR`), and fill that archive.
+    """Run a command that reads an archive from the bulk port (`UNTAR` from `PORT`), and fill that archive.
 
     Returns:
         The command's untrusted output, and what `fill` returned.
@@ -149,7 +167,6 @@ def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], R
             channel.shutdown_write()
             ended = channel.status_event.is_set
             result = fill(lambda data: port.write(data, ended))
-            port.pad(ended)
             untrusted = _all_of(channel, port.nudge)
             _expect_success(channel)
             return untrusted, result
