@@ -224,7 +224,7 @@ class Bench:
             initrd=folder / "initrd",
             disk_chain=(DiskImage(folder / "disk.qcow2", "qcow2"), DiskImage(image.root, "raw")),
             run_folder=run, ram=folder / "ram", ram_share=True, ram_readonly=False, incoming=False,
-            session_id=f"bench:{uuid}", home=self.work, run_as=user, cmdline=KERNEL_CMDLINE,
+            session_id=f"bench:{uuid}", home=self.work, run_as=user, other_cmdline=KERNEL_CMDLINE,
         )  # fmt: skip
 
     # -- (c), (d), (e) -------------------------------------------------------------------------------------

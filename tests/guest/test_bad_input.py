@@ -154,7 +154,7 @@ def test_an_image_with_one_byte_changed_is_refused(other_home: Cli, guest: Guest
 
 def test_a_guest_that_panics_shows_its_last_words(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_root(plan: DomainPlan) -> str:
-        return render_domain(dataclasses.replace(plan, cmdline="console=ttyS0 panic=-1 rdinit=/nonexistent"))
+        return render_domain(dataclasses.replace(plan, other_cmdline="console=ttyS0 panic=-1 rdinit=/nonexistent"))
 
     monkeypatch.setattr(making, "render_domain", without_root)
     with pytest.raises(GuestError) as error:
@@ -165,7 +165,7 @@ def test_a_guest_that_panics_shows_its_last_words(cli: Cli, monkeypatch: pytest.
 
 def test_a_guest_that_never_comes_up_is_given_up(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def hanging(plan: DomainPlan) -> str:
-        return render_domain(dataclasses.replace(plan, cmdline="console=ttyS0 panic=0 rdinit=/nonexistent"))
+        return render_domain(dataclasses.replace(plan, other_cmdline="console=ttyS0 panic=0 rdinit=/nonexistent"))
 
     monkeypatch.setattr(making, "render_domain", hanging)
     monkeypatch.setattr(making, "BOOT_DEADLINE", 4)

@@ -24,11 +24,11 @@ from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import BULK_CHANNEL
+from vmsandbox.review.manifest import Manifest
 from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.history import HistoryMode, snapshot_on_the_way
 from vmsandbox.session.incoming import Incoming
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.review.manifest import Manifest
 from vmsandbox.spec import PROJECTS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _PATIENCE = 600  # seconds after the last byte
 PORT = f"/dev/virtio-ports/{BULK_CHANNEL}"
 UNTAR = f"tar -x -p --no-same-owner -b {RECORD // 512} -B -f -"
 # What the guest lists right after unpacking tells later what was not touched (receive.listing). The sender starts while
-# tar is at work, and lists while `.git` comes. A project as small as this comes back whole in less time than that takes.
+# tar is at work, and lists while `.git` comes. A project as small as this comes back whole in less time than that.
 _SMALL_FILES, _SMALL_BYTES = 200, 1 << 20
 _MAX_BASELINE = 256 << 20
 
