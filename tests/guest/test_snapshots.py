@@ -18,6 +18,7 @@ from harness import Cli, Guest, ended, leftovers, make_tree, wait_for
 from vmsandbox.hypervisor import snapshot as snapshot_module
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.process import Programs
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.rollback import roll_back
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.session.snapshots import take_snapshot
@@ -237,3 +238,13 @@ def test_what_runs_a_command_again_and_again_finds_the_guest_as_it_was(cli: Cli,
         assert b"something else than is asked for" in refused.stderr
     finally:
         cli("stop", "nightly", status=None)
+
+
+def test_nothing_is_copied_in_while_a_snapshot_is_taken(snapped: Guest, project: Path) -> None:
+    pushed = snapped.folder.record_folder(snapped.folder.info().id) / "pushed.jsonl"
+    before = pushed.stat().st_mtime_ns
+    with guest_locked(snapped.folder):
+        push = snapped.cli.start("push", "snapped", project)
+        time.sleep(3)
+        assert push.poll() is None and pushed.stat().st_mtime_ns == before
+    assert ended(push)[0] == 0 and pushed.stat().st_mtime_ns > before

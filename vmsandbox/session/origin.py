@@ -16,9 +16,10 @@ from vmsandbox.hypervisor.template import RAM
 from vmsandbox.journal import events
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.made import made_of, unlike
 from vmsandbox.session.plan import Origin, Prepared
-from vmsandbox.session.snapshots import copy_known, guest_locked, known_facts, snapshot_of
+from vmsandbox.session.snapshots import copy_known, known_facts, snapshot_of
 
 if TYPE_CHECKING:
     from vmsandbox.process import Programs

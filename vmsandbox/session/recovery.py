@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from vmsandbox.errors import UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, live_sessions
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.rollback import recover
-from vmsandbox.session.snapshots import guest_locked, recover_snapshots
+from vmsandbox.session.snapshots import recover_snapshots
 
 
 def recovered_guests(layout: Layout) -> Iterator[tuple[str, str, str]]:

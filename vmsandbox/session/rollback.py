@@ -27,12 +27,13 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.identity import go_on_as
 from vmsandbox.session.info import Halfway, SessionInfo
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import made_of
 from vmsandbox.session.plan import Prepared
-from vmsandbox.session.snapshots import guest_locked, known_facts, restore_known, snapshot_of
+from vmsandbox.session.snapshots import known_facts, restore_known, snapshot_of
 from vmsandbox.session.starting import IDENTITY_DEADLINE, domain_name
 from vmsandbox.session.teardown import end_guest, remove_guest_files
 from vmsandbox.spec import WORKER

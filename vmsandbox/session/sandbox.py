@@ -33,6 +33,7 @@ from vmsandbox.session.baseline import keep_baseline
 from vmsandbox.session.ending import end_session
 from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.holding import effective_for, held
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.limits import ended_at_limit, limited, note_activity
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from vmsandbox.session.commits import ReturnedCommits
 
 LOGIN_DEADLINE = 30  # seconds
+_SNAPSHOT_SECONDS = 20.0  # that something is not copied in because a snapshot is being taken
 
 
 class Sandbox:
@@ -271,7 +273,10 @@ class Sandbox:
         rules = policy if policy is not None else effective_for(project, None, self.monitor).policy
         runner = programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
-        with enforced(self, rules, project, guest_folder_for(project)):
+        with (
+            guest_locked(self.folder, shared=True, patience=_SNAPSHOT_SECONDS),
+            enforced(self, rules, project, guest_folder_for(project)),
+        ):
             self.info = push_project(self, project, rules, runner, history.value)
             give_history(self, project, history.value, rules, runner)
 

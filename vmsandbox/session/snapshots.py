@@ -2,7 +2,6 @@
 
     live/<name>/snapshots/<tag>/        disk.qcow2, ram, state, manifest.json (vmsandbox.hypervisor.snapshot)
     live/<name>/snapshots/<tag>/host/   what the host knew of the guest's tree then
-    live/<name>/guest.lock              held by whoever takes a snapshot of the guest, or rolls it back
 
 What the guest holds and what the host knows of it go together: rolled back without that, the files that were accepted
 since would look as if the guest had taken them away.
@@ -10,14 +9,11 @@ since would look as if the guest had taken them away.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +27,7 @@ from vmsandbox.hypervisor.template import DISK, TemplateStore
 from vmsandbox.journal import events
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.freezing import is_frozen
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.made import is_emulated
 from vmsandbox.session.quotas import check_quota
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
 START = "start"  # the tag of the first one, taken when `start` is done
 _TAG = re.compile(r"[a-z0-9]([a-z0-9._-]{0,38}[a-z0-9])?")
 _KNOWN = ("pushed.jsonl", "base.jsonl", "withheld.json", "findings.json", "history.json")
-_LOCK = "guest.lock"
 
 
 @dataclass(frozen=True)
@@ -65,26 +61,6 @@ def checked_tag(tag: str) -> str:
             details="1 to 40 characters: a-z, 0-9, '.', '_' and '-', with a letter or digit at both ends",
         )
     return tag
-
-
-@contextmanager
-def guest_locked(folder: SessionFolder, *, shared: bool = False) -> Iterator[None]:
-    """Only one process takes or removes a snapshot of a guest, or puts another in its place.
-
-    shared: any number, and none of those, meanwhile.
-
-    Raises:
-        UserInputError: another one does.
-    """
-    with os.fdopen(os.open(folder.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserInputError(
-                f"session {folder.name!r} is being rolled back, or a snapshot of it taken or used",
-                resolution="try again",
-            ) from None
-        yield
 
 
 def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
