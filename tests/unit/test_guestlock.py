@@ -22,9 +22,13 @@ def folder(short_home: Path) -> SessionFolder:
 
 
 def test_many_may_share_it_and_one_may_have_it_alone(folder: SessionFolder) -> None:
-    with guest_locked(folder, shared=True), guest_locked(folder, shared=True):
-        with pytest.raises(UserInputError, match="'one' is being"), guest_locked(folder):
-            pass
+    with (
+        guest_locked(folder, shared=True),
+        guest_locked(folder, shared=True),
+        pytest.raises(UserInputError, match="'one' is being"),
+        guest_locked(folder),
+    ):
+        pass
     with guest_locked(folder):
         for shared in (True, False):
             with pytest.raises(UserInputError), guest_locked(folder, shared=shared):

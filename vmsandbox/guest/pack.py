@@ -31,7 +31,7 @@ from vmsandbox.review.values import Contents
 _BATCH = 256 << 10  # bytes collected before one write
 _CHUNK = 1 << 20  # bytes read at once
 _BLOCK = 512  # tar pads everything to this
-RECORD = 64 << 10  # bytes; an archive is padded to a whole number of these, so that its reader need not know the end
+RECORD = 64 << 10  # bytes; an archive padded to a whole number of these can be followed by another
 # O_NONBLOCK: a FIFO swapped in must not block.
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _TYPES = {"file": tarfile.REGTYPE, "dir": tarfile.DIRTYPE, "symlink": tarfile.SYMTYPE}
@@ -65,6 +65,7 @@ def pack(
     on_progress: Callable[[int, int], None] | None = None,
     companion: Companion | None = None,
     on_content: Callable[[str, bytes], object] | None = None,
+    record: int = _BLOCK,
 ) -> PushedManifest:
     """Send all entries of a walk.
 
@@ -73,6 +74,7 @@ def pack(
         write: takes the archive in pieces of some 256 KiB, in order; must take each whole.
         on_progress: told (content bytes read so far, content bytes in all) after each piece.
         on_content: given (path, bytes) of each file that is not empty, in pieces of at most 1 MiB, in order.
+        record: bytes; the archive is padded to a whole number of these.
 
     Raises:
         UserInputError: something is no longer what the walk saw, or cannot be read. The archive is
@@ -81,16 +83,16 @@ def pack(
     with _Packer(walk, write, on_progress, companion, on_content) as packer:
         for entry in walk.entries:
             packer.add(entry)
-        return packer.finish()
+        return packer.finish(record)
 
 
 def pack_files(files: Files, write: Callable[[bytes], object]) -> None:
-    """Send files that no folder on the host holds, as an archive of their own."""
+    """Send files that no folder on the host holds, as an archive of whole `RECORD`s."""
     sent = 0
     for piece in _archived(files):
         write(piece)
         sent += len(piece)
-    write(_end(sent))
+    write(_end(sent, RECORD))
 
 
 def pack_returned(manifest: Manifest, contents: Contents, write: Callable[[bytes], object]) -> None:
@@ -164,9 +166,9 @@ class _Packer:
             if self._companion is not None:
                 self._companion.add(entry.path, item, os.fsencode(entry.target or ""), 0)
 
-    def finish(self) -> PushedManifest:
+    def finish(self, record: int) -> PushedManifest:
         """Write the archive's end and what is still waiting."""
-        self._waiting += _end(self._archive + len(self._waiting))
+        self._waiting += _end(self._archive + len(self._waiting), record)
         self._flush()
         return PushedManifest(Manifest(self._items), self._files, self._content, self._archive)
 
@@ -261,9 +263,9 @@ class _Packer:
             self._on_progress(self._content, self._walk.total_bytes)
 
 
-def _end(sent: int) -> bytes:
-    """An archive's end: two empty blocks, and what the last record lacks. sent: bytes."""
-    return bytes(2 * _BLOCK + -(sent + 2 * _BLOCK) % RECORD)
+def _end(sent: int, record: int) -> bytes:
+    """An archive's end: two empty blocks, and what the last record lacks. sent, record: bytes."""
+    return bytes(2 * _BLOCK + -(sent + 2 * _BLOCK) % record)
 
 
 def _archived(files: Files) -> Iterator[bytes]:

@@ -89,7 +89,7 @@ def push_project(
             sandbox.monitor.progress(done, whole, "bytes")
 
         def send(write: Write) -> Manifest:
-            sent = pack(walk, write, on_progress, snapshot, incoming.on_content).manifest
+            sent = pack(walk, write, on_progress, snapshot, incoming.on_content, RECORD).manifest
             if snapshot is not None:
                 snapshot.send(write)
             return sent
