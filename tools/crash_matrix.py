@@ -14,39 +14,24 @@ system: only so can a libvirtd be killed, a disk be filled or a state folder be 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
-import pty
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import termios
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "guest")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import PROGRAM, Cli, leftovers, wait_for  # noqa: E402
+from crash_faults import DEADLINE, FAULTS, PRIVATE_FAULTS, Home, private_home, run, started, wait_for_flag
 
-from vmsandbox.ledger.book import Ledger  # noqa: E402
-from vmsandbox.render.network import CardPlan, bridge_of, name_prefix, table_of, tap_of  # noqa: E402
-from vmsandbox.session.orphans import processes_of  # noqa: E402
-
-FAULTS = ("kill", "int", "term", "hup", "terminal", "enospc", "qemu", "suspend")
-PRIVATE_FAULTS = ("libvirtd", "full", "readonly", "restart")
-DEADLINE = 240.0  # seconds for one command, on a busy machine
 PATIENCE = 20.0  # seconds for libvirt and PID 1 to notice an end
-_SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM, "hup": signal.SIGHUP}
-_OURS = re.compile(r"-cm(?:-[a-z]+)?-[0-9a-f]{6}$|^template:")
 POLICY = "sandbox: {{filesystem: {{tmpfs: [{{path: /mnt/{}, size: 1M}}]}}}}\n"
 
 
@@ -68,74 +53,6 @@ class Outcome:
         return not self.left and not self.problems
 
 
-class Home:
-    """A home, what is in it, and the faults that can be made to it."""
-
-    def __init__(self, home: Path, private: bool, log: Path) -> None:
-        self.cli = Cli(home)
-        self.private = private
-        self.log = log
-        self.layout = self.cli.layout
-        self.libvirtd: subprocess.Popen[bytes] | None = None
-
-    def everything(self) -> set[str]:
-        """Each thing of this home that is there, as "what: which"."""
-        found = {_sorted_word(word) for word in leftovers(self.cli.home)}
-        for folder in (self.layout.live, self.layout.run, self.layout.templates, self.layout.images):
-            # A link leads to what several homes share: others make templates there meanwhile. The ledger has ours.
-            for path in [] if folder.is_symlink() else folder.rglob("*"):
-                word = "sockets" if folder == self.layout.run else "files"
-                if path.suffix not in (".lock", ".memory") and path.name != ".lock":
-                    found.add(f"{word}: {path.relative_to(self.cli.home)}")
-        # A record stays; what a killed process left halfway in it does not.
-        for pattern in (".backup", "history-*", "commits-*", "quarantine.*"):
-            found |= {f"files: {path.relative_to(self.cli.home)}" for path in self.layout.records.glob(f"*/{pattern}")}
-        for record in self.layout.records.iterdir():
-            name = CardPlan(record.name, self.layout.live, "", "").name
-            for interface in (bridge_of(name), tap_of(name)):
-                if Path("/sys/class/net", interface).exists():
-                    found.add(f"taps: {interface}")
-        prefix = name_prefix(self.layout.live)
-        tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True)
-        found |= {f"rules: {line}" for line in tables.stdout.splitlines() if table_of(prefix) in line}
-        with Ledger.of(self.layout).transaction(write=False) as connection:
-            for table in ("resources", "reservations", "queue"):
-                found |= {f"ledger: {table} {row}" for row in connection.execute(f"SELECT * FROM {table}")}
-        return found
-
-    def guests(self) -> list[int]:
-        """The QEMU processes of the session that is tried, or of the template that is made for it."""
-        rows = [row for row in Ledger.of(self.layout).rows() if _OURS.search(row.session)]
-        return [process.pid for row in rows if row.kind == "guest" for process in processes_of(row.identity)]
-
-    # -- of a private home ---------------------------------------------------------------------------------
-
-    def start_libvirtd(self) -> None:
-        with self.log.open("ab") as log:
-            self.libvirtd = subprocess.Popen(
-                ["libvirtd", "-p", "/run/libvirt/libvirtd-own.pid"], stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
-        wait_for(lambda: subprocess.run(["virsh", "-q", "list"], capture_output=True).returncode == 0, 60, 0.2)
-
-    def end_libvirtd(self) -> None:
-        assert self.libvirtd is not None
-        self.libvirtd.kill()
-        self.libvirtd.wait()
-
-    def fill(self) -> Path:
-        filler = self.cli.home / "filler"
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(1 << 20))
-        with filler.open("ab", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        return filler
-
-    def remount(self, how: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{how}", str(self.cli.home)], check=True)
-
-
 @dataclass
 class Scenario:
     """Command lines that pass the steps: `prepare` without a fault, then `run` with it."""
@@ -155,10 +72,10 @@ def _killed(home: Home, project: Path) -> None:
     """Leave something for `gc`: a session whose process and a guest's folder are gone."""
     with tempfile.TemporaryDirectory() as folder:
         flag = Path(folder) / "flag"
-        process = _started(
+        process = started(
             home, ["session", str(project), "--name", "cm-dead", "--", "true"], f"fork.loaded=tell:{flag}"
         )
-        _wait_for_flag(process, flag)
+        wait_for_flag(process, flag)
         process.kill()
         process.communicate()
 
@@ -191,21 +108,6 @@ SCENARIOS = (
 DEFAULT_SCENARIOS = ("session", "stop", "snapshot", "rollback", "gc")
 
 
-def _started(home: Home, words: list[str], failpoint: str, **options: object) -> subprocess.Popen[bytes]:
-    cli = Cli(home.cli.home, {**home.cli.env, "VMSANDBOX_FAILPOINT": failpoint})
-    return cli.start(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-
-
-def _wait_for_flag(process: subprocess.Popen[bytes], flag: Path) -> bool:
-    """True when the program waits at its step; False if it ended before."""
-    until = time.monotonic() + DEADLINE
-    while not flag.exists():
-        if process.poll() is not None or time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def new_project(folder: Path) -> Path:
     """A small project with a repository: what apply and the return work on."""
     project = folder / "project"
@@ -221,7 +123,7 @@ def steps_of(home: Home, scenario: Scenario, folder: Path) -> list[str]:
     project, notes = new_project(folder), folder / "notes"
     notes.unlink(missing_ok=True)
     scenario.prepare(home, project)
-    process = _started(home, scenario.words(project, 0), f"*=note:{notes}")
+    process = started(home, scenario.words(project, 0), f"*=note:{notes}")
     out, _ = process.communicate(timeout=600)
     scenario.clean(home, project)
     assert process.returncode == 0, out.decode(errors="replace")
@@ -243,7 +145,7 @@ def run_case(home: Home, scenario: Scenario, step: str, fault: str, folder: Path
     before = home.everything()
     scenario.prepare(home, project)
     try:
-        outcome.status, said = _run(home, scenario.words(project, number), step, fault, flag)
+        outcome.status, said = run(home, scenario.words(project, number), step, fault, flag)
         if outcome.status is None:
             outcome.problems.append("the step was not reached")
         if "Traceback" in said and fault not in ("int", "kill"):
@@ -286,111 +188,6 @@ def _check_cleaned(home: Home, outcome: Outcome, before: set[str]) -> None:
     outcome.problems += sorted(left)[:5]
 
 
-def _run(home: Home, words: list[str], step: str, fault: str, flag: Path) -> tuple[int | None, str]:
-    """(exit status, what it said); the status is None if the step was not reached."""
-    flag.unlink(missing_ok=True)
-    if fault == "enospc":
-        process = _started(home, words, f"{step}=enospc")
-        out, _ = process.communicate(timeout=DEADLINE)
-        return process.returncode, out.decode(errors="replace")
-    if fault == "terminal":
-        return _run_on_terminal(home, words, step, flag)
-    process = _started(home, words, f"{step}=tell:{flag}")
-    if not _wait_for_flag(process, flag):
-        out, _ = process.communicate(timeout=DEADLINE)
-        return None, out.decode(errors="replace")
-    with _fault(home, fault, process):
-        flag.unlink(missing_ok=True)
-        try:
-            out, _ = process.communicate(timeout=DEADLINE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out = process.communicate()[0] + b"\nTraceback: it did not end"
-    return process.returncode, out.decode(errors="replace")
-
-
-def _run_on_terminal(home: Home, words: list[str], step: str, flag: Path) -> tuple[int | None, str]:
-    """In a terminal of its own, which is closed."""
-    ours, its = pty.openpty()
-    environment = {**home.cli.environment, "VMSANDBOX_FAILPOINT": f"{step}=tell:{flag}"}
-
-    def take_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(
-        [*PROGRAM, *words], stdin=its, stdout=its, stderr=its, env=environment, cwd="/", preexec_fn=take_terminal
-    )
-    os.close(its)
-    os.set_blocking(ours, False)
-    until = time.monotonic() + DEADLINE
-    while not flag.exists() and process.poll() is None and time.monotonic() < until:
-        with suppress(OSError):
-            os.read(ours, 65536)
-        time.sleep(0.01)
-    reached = flag.exists()
-    os.close(ours)  # the hangup
-    flag.unlink(missing_ok=True)
-    try:
-        process.wait(DEADLINE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return process.returncode, "Traceback: it did not end"
-    return process.returncode if reached else None, ""
-
-
-@contextmanager
-def _fault(home: Home, fault: str, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Make a fault happen to a program that waits at its step; what can be taken back is, afterwards."""
-    if fault in _SIGNALS:
-        os.kill(process.pid, _SIGNALS[fault])
-        yield
-    elif fault == "qemu":
-        for pid in home.guests():
-            os.kill(pid, signal.SIGKILL)
-        yield
-    elif fault == "suspend":
-        group = [process.pid, *home.guests()]
-        for pid in group:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(3)
-        for pid in group:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        yield
-    elif fault == "libvirtd":
-        home.end_libvirtd()
-        home.start_libvirtd()
-        yield
-    elif fault == "full":
-        filler = home.fill()
-        yield
-        filler.unlink()
-    elif fault == "readonly":
-        # No writer may have a file open, so it is a bind mount that becomes read-only, not the file system.
-        subprocess.run(["mount", "--bind", str(home.cli.home), str(home.cli.home)], check=True)
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(home.cli.home)], check=True)
-        yield
-        subprocess.run(["umount", "-l", str(home.cli.home)], check=True)
-    elif fault == "restart":
-        for pid in [process.pid, *home.guests(), *_helpers(home)]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        home.end_libvirtd()
-        shutil.rmtree(home.layout.run, ignore_errors=True)
-        shutil.rmtree("/run/libvirt/qemu", ignore_errors=True)
-        yield
-        home.start_libvirtd()
-    else:
-        raise ValueError(f"unknown fault {fault!r}")
-
-
-def _helpers(home: Home) -> list[int]:
-    words = (leftover.split() for leftover in leftovers(home.cli.home))
-    return [int(word[-1]) for word in words if word[-1].isdigit() and word[0] in ("session's", "keeper")]
-
-
 def project_state(project: Path) -> str:
     """`old` or `new`, or `mixed`, which must not be."""
     names = {path.name for path in project.iterdir()} - {".claude"}
@@ -400,12 +197,6 @@ def project_state(project: Path) -> str:
     if names == {"file0", "file2", "file3", "made"} and first == "old 0\n" * 50 + "new\n":
         return "new"
     return "mixed"
-
-
-def _sorted_word(word: str) -> str:
-    if word.startswith(("QEMU", "keeper")) or "process" in word:
-        return f"processes: {word}"
-    return f"domains: {word}" if word.startswith("domain") else f"files: {word}"
 
 
 def print_table(outcomes: list[Outcome]) -> None:
@@ -428,34 +219,6 @@ def print_table(outcomes: list[Outcome]) -> None:
     for one in outcomes:
         for problem in one.problems:
             print(f"  {one.scenario} {one.step} {one.fault}: {problem}")
-
-
-@contextmanager
-def private_home(source: Path, size: str, log: Path) -> Iterator[Home]:
-    """In namespaces of our own (`--private` has started us there): a libvirtd, and a small home in memory."""
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for folder in ("/run/libvirt", "/var/lib/libvirt"):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", folder], check=True)
-    place = Path("/mnt/cm")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "none", "/mnt"], check=True)
-    place.mkdir(mode=0o711)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=711,size={size}", "none", str(place)], check=True)
-    for name in ("images", "templates", "cache"):
-        if (source / name).is_dir():
-            subprocess.run(["cp", "-a", "--sparse=always", str(source / name), str(place)], check=True)
-    with log.open("ab") as file:
-        own = ["virtlogd", "-p", "/run/libvirt/virtlogd-own.pid"]
-        virtlogd = subprocess.Popen(own, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-    home = Home(place, True, log)
-    home.start_libvirtd()
-    try:
-        yield home
-    finally:
-        with suppress(Exception):
-            home.cli("stop", "--all", status=None)
-        home.end_libvirtd()
-        virtlogd.kill()
-        virtlogd.wait()
 
 
 def main() -> int:
