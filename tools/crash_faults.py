@@ -229,13 +229,28 @@ def _sorted_word(word: str) -> str:
     return f"domains: {word}" if word.startswith("domain") else f"files: {word}"
 
 
+def _mount_own_sysfs() -> None:
+    """/sys shows the interfaces of the network namespace that it was mounted in; the control groups stay."""
+    subprocess.run(["mount", "--rbind", "/sys/fs/cgroup", "/mnt"], check=True)
+    subprocess.run(["mount", "-t", "sysfs", "none", "/sys"], check=True)
+    subprocess.run(["mount", "--move", "/mnt", "/sys/fs/cgroup"], check=True)
+
+
+def hear_signals() -> None:
+    """Programs that we start hear what we send, also where we were started in the background of a script."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @contextmanager
 def private_home(source: Path, size: str, log: Path) -> Iterator[Home]:
     """In namespaces of our own (`--private` has started us there): a libvirtd, and a small home in memory."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    _mount_own_sysfs()
     for folder in ("/run/libvirt", "/var/lib/libvirt"):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", folder], check=True)
-    place = Path("/mnt/cm")
+    place = Path(f"/mnt/cm{os.getpid()}")  # processes are told apart by it, and another matrix may run
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=711", "none", "/mnt"], check=True)
     place.mkdir(mode=0o711)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=711,size={size}", "none", str(place)], check=True)

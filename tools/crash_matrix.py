@@ -29,7 +29,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from crash_faults import DEADLINE, FAULTS, PRIVATE_FAULTS, Home, private_home, run, started, wait_for_flag
+from crash_faults import (
+    DEADLINE,
+    FAULTS,
+    PRIVATE_FAULTS,
+    Home,
+    hear_signals,
+    private_home,
+    run,
+    started,
+    wait_for_flag,
+)
 
 PATIENCE = 20.0  # seconds for libvirt and PID 1 to notice an end
 POLICY = "sandbox: {{filesystem: {{tmpfs: [{{path: /mnt/{}, size: 1M}}]}}}}\n"
@@ -235,6 +245,7 @@ def main() -> int:
     if arguments.private and os.environ.get("CRASH_MATRIX_INSIDE") != "1":
         os.environ["CRASH_MATRIX_INSIDE"] = "1"
         os.execvp("unshare", ["unshare", "-m", "-n", "--propagation", "private", sys.executable, *sys.argv])
+    hear_signals()
     faults = (
         arguments.faults.split(",") if arguments.faults else [*FAULTS, *(PRIVATE_FAULTS if arguments.private else ())]
     )
