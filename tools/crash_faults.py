@@ -202,7 +202,9 @@ def _fault(home: Home, fault: str, process: subprocess.Popen[bytes]) -> Iterator
     elif fault == "readonly":
         # No writer may have a file open, so it is a bind mount that becomes read-only, not the file system.
         subprocess.run(["mount", "--bind", str(home.cli.home), str(home.cli.home)], check=True)
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(home.cli.home)], check=True)
+        remount = ["mount", "-o", "remount,ro,bind", str(home.cli.home)]
+        # busy while another thread of the program has a file open in it
+        wait_for(lambda: subprocess.run(remount, stderr=subprocess.DEVNULL).returncode == 0, 20, 0.01)
         yield
         subprocess.run(["umount", "-l", str(home.cli.home)], check=True)
     elif fault == "restart":

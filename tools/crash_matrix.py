@@ -78,6 +78,10 @@ def _kept(home: Home, project: Path) -> None:
     home.cli("start", project, "--name", "cm-kept", timeout=DEADLINE)
 
 
+def _kept_with_card(home: Home, project: Path) -> None:
+    home.cli("start", project, "--name", "cm-kept", "--net", "filtered", timeout=DEADLINE)
+
+
 def _killed(home: Home, project: Path) -> None:
     """Leave something for `gc`: a session whose process and a guest's folder are gone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -113,6 +117,10 @@ SCENARIOS = (
     Scenario("tailor", _tailored),
     Scenario("template", lambda _project, number: ["session", "--empty", "--memory", str(304 + number), "--", "true"]),
     Scenario("filtered", lambda _project, _: ["session", "--empty", "--net", "filtered", "--", "true"]),
+    Scenario(
+        "filtered-snapshot", lambda _project, _: ["snapshot", "cm-kept", "tag"], _kept_with_card, _stop, goes_on=True
+    ),
+    Scenario("filtered-rollback", lambda _project, _: ["rollback", "cm-kept"], _kept_with_card, _stop, goes_on=True),
     Scenario("build", lambda _project, _: ["image", "build", "base"]),
 )
 DEFAULT_SCENARIOS = ("session", "stop", "snapshot", "rollback", "gc")

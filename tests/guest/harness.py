@@ -7,10 +7,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,6 +227,11 @@ def ended(process: subprocess.Popen[bytes], timeout: float = 60) -> tuple[int, b
         process.communicate()
         raise
     return process.returncode, out or b"", err or b""
+
+
+def kinds_of(left: set[str]) -> Counter[str]:
+    """What there is, without what tells one guest of a session from the next."""
+    return Counter(re.sub(r"[0-9a-f]{6}$|[0-9]+$", "", word) for word in left if not word.startswith("keeper"))
 
 
 def wait_for(condition: Any, timeout: float = 60, every: float = 0.02) -> Any:

@@ -31,7 +31,7 @@ from vmsandbox.hypervisor.connection import Host, default_uri
 from vmsandbox.hypervisor.console import ConsoleTail
 from vmsandbox.hypervisor.network import refuse_where_impossible
 from vmsandbox.policy.values import NetworkPolicy, NetworkRule, Policy
-from vmsandbox.render.network import CardPlan, name_prefix, table_of
+from vmsandbox.render.network import CardPlan, bridge_of, name_prefix, table_of
 from vmsandbox.session import plan
 from vmsandbox.session.filtered import read_plan
 from vmsandbox.session.plan import SessionRequest
@@ -397,8 +397,8 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("record", [True, False], ids=["its record is there", "its record is gone, too"])
-def test_gc_removes_what_a_killed_process_has_made(cli: Cli, record: bool) -> None:
+@pytest.mark.parametrize("lost", ["nothing", "its record", "its network, in libvirt"])
+def test_gc_removes_what_a_killed_process_has_made(cli: Cli, lost: str) -> None:
     name = f"dead-{uuid.uuid4().hex[:6]}"
     done = subprocess.run([sys.executable, "-c", MAKE_AND_DIE, name], env=cli.environment, capture_output=True,
                           text=True, timeout=60)  # fmt: skip
@@ -406,8 +406,11 @@ def test_gc_removes_what_a_killed_process_has_made(cli: Cli, record: bool) -> No
     network = done.stdout.strip()
     assert network.startswith(name_prefix(cli.layout.live))
     assert table_of(network) in subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
-    if not record:
+    if lost == "its record":
         shutil.rmtree(cli.layout.live / name)
+    elif lost == "its network, in libvirt":  # as when libvirtd is killed before it has written that down
+        subprocess.run(["virsh", "net-destroy", network], check=True, capture_output=True)
+        subprocess.run(["ip", "link", "add", bridge_of(network), "type", "bridge"], check=True)
     assert name in (said := cli("gc").stdout.decode()) or network in said
     host = Host.open()
     try:
@@ -415,6 +418,7 @@ def test_gc_removes_what_a_killed_process_has_made(cli: Cli, record: bool) -> No
     finally:
         host.close()
     assert table_of(network) not in subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
+    assert not Path("/sys/class/net", bridge_of(network)).exists()
     assert cli("gc").stdout == b""
 
 

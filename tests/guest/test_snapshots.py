@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import Cli, Guest, ended, leftovers, make_tree, wait_for
+from harness import Cli, Guest, ended, kinds_of, leftovers, make_tree, wait_for
 
 from vmsandbox.hypervisor import snapshot as snapshot_module
 from vmsandbox.hypervisor.connection import Host
@@ -48,11 +46,6 @@ def nothing_left(cli: Cli) -> Iterator[None]:
     before = kinds_of(leftovers(cli.home))
     yield
     wait_for(lambda: kinds_of(leftovers(cli.home)) <= before, timeout=20, every=0.3)
-
-
-def kinds_of(left: set[str]) -> Counter[str]:
-    """What there is, without what tells one guest of a session from the next."""
-    return Counter(re.sub(r"[0-9a-f]{6}$|[0-9]+$", "", word) for word in left if not word.startswith("keeper"))
 
 
 def changes_of(guest: Guest) -> tuple[list[str], list[str], list[str]]:

@@ -80,12 +80,12 @@ HARMLESS = {
     "many changes": lambda: [run("nft", "add", "table", "inet", f"others{number}") for number in range(30)],
 }
 found = {}
-def watched(change, alive=True, patience=2.0):
+def watched(change, alive=True, patience=2.0, away=lambda: False):
     build()
     first = read_in_force(PLAN, Programs())
     assert problems(first, PLAN) == [], problems(first, PLAN)
     gone = []
-    watch = CardWatch(PLAN, first, Programs(), lambda: alive, gone.append)
+    watch = CardWatch(PLAN, first, Programs(), lambda: alive, away, gone.append)
     time.sleep(0.1)
     began = time.monotonic()
     change()
@@ -103,6 +103,24 @@ def libvirtd_restarts():
 HARMLESS["libvirt, at work on its filter"] = libvirtd_restarts
 for name, change in HARMLESS.items():
     found["harmless: " + name] = watched(change, patience=3.5 if "libvirt" in name else 0.8)
+away = [True]
+found["harmless: the card is away"] = watched(CHANGES["the tap elsewhere"], patience=1.5, away=lambda: True)
+def taken_out_and_back(isolated):
+    # as libvirt does it; `away`: what the descriptors of QEMU say at that moment
+    def change():
+        away[0] = True
+        run("ip", "link", "set", tap, "nomaster")
+        time.sleep(1.2)
+        run("ip", "link", "set", tap, "master", bridge)
+        time.sleep(0.4)
+        if isolated:
+            run("ip", "link", "set", tap, "type", "bridge_slave", "isolated", "on")
+        away[0] = False
+    return change
+away[0] = False
+for isolated in (True, False):
+    name = "harmless: the card comes back" if isolated else "the card comes back open"
+    found[name] = watched(taken_out_and_back(isolated), patience=3.5, away=lambda: away[0])
 found["the guest has ended"] = watched(CHANGES["the tap elsewhere"], alive=False, patience=0.8)
 print(json.dumps(found))
 """
@@ -119,4 +137,4 @@ def test_every_change_that_matters_is_noticed_and_no_other() -> None:
     harmless = {name for name in found if name.startswith("harmless") or name == "the guest has ended"}
     assert {name for name in harmless if found[name][1]} == set()
     assert {name for name in found.keys() - harmless if len(found[name][1]) != 1} == set(), found
-    assert len(found) == 14 + 6
+    assert len(found) == 14 + 1 + 8

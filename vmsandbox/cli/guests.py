@@ -94,7 +94,7 @@ def start(
         )  # fmt: skip
     sandbox = open_guest(request, policy)
     sandbox.disconnect()
-    if snapshot and request.mode is not NetworkMode.FILTERED:
+    if snapshot:
         keep_start(sandbox)
     if json:
         info = sandbox.info

@@ -36,6 +36,7 @@ class CardWatch:
     Args:
         first: what was in force when the card was verified.
         is_alive: whether the guest still runs; one that has ended takes its tap along, which is no alarm.
+        is_away: whether the guest has no card now, as while a snapshot is taken: nothing passes, so nothing is wrong.
         on_gone: called from the watch's thread. The guest must be stopped there, and fast.
     """
 
@@ -45,12 +46,14 @@ class CardWatch:
         first: InForce,
         programs: Programs,
         is_alive: Callable[[], bool],
+        is_away: Callable[[], bool],
         on_gone: Callable[[str], None],
     ) -> None:
         self._plan = plan
         self._first = first
         self._programs = programs
         self._is_alive = is_alive
+        self._is_away = is_away
         self._on_gone = on_gone
         self._ours, self._stop = socket.socketpair()
         self._ready, self._closed = threading.Event(), threading.Event()
@@ -81,7 +84,10 @@ class CardWatch:
         quiet = 0
         since: float | None = None  # when libvirt's part of it was first seen to be wrong
         while True:
+            was_away = self._is_away()
             wrong, urgent = self._look(rules=since is not None or quiet % _RULES_EVERY == 0)
+            if was_away or (wrong and self._is_away()):  # it came, or went, while we looked
+                wrong = ""
             since = None if not wrong else since or time.monotonic()
             if since is not None and (urgent or time.monotonic() - since > _LIBVIRTS_TIME):
                 return wrong if self._is_alive() else ""

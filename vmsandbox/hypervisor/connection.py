@@ -186,6 +186,11 @@ class Host:
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         self._call("plugging in a device", lambda: self._lookup(uuid).attachDeviceFlags(device_xml, flags))
 
+    def detach(self, uuid: str, device_xml: str) -> None:
+        """Ask a running domain to let a device go. libvirt waits some seconds for it; it may go later, or never."""
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        self._call("taking out a device", lambda: self._lookup(uuid).detachDeviceFlags(device_xml, flags))
+
     # -- networks and their filters ------------------------------------------------------------------------
 
     def create_network(self, xml: str) -> None:

@@ -18,7 +18,7 @@ from vmsandbox.render.domain import UNUSED_CAPABILITY
 from vmsandbox.render.network import CardPlan, render_interface
 from vmsandbox.spec import Accelerator, GuestLimits
 
-__all__ = ["ExpectedDevices", "check_live_xml"]
+__all__ = ["ExpectedDevices", "card_differences", "check_live_xml"]
 
 _QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 _DOMAIN_TYPE = {Accelerator.KVM: "kvm", Accelerator.TCG: "qemu"}
@@ -124,13 +124,13 @@ def _devices(devices: ET.Element, expected: ExpectedDevices) -> Iterator[str]:
     known = {"emulator", "disk", "channel", "serial", "console", "rng"}
     if expected.card is not None:
         known.add("interface")
-        yield from _card(devices.findall("interface"), expected.card)
+        yield from card_differences(devices.findall("interface"), expected.card)
     for element in devices:
         if element.tag not in known:
             yield from _implied(element, expected.balloon)
 
 
-def _card(interfaces: list[ET.Element], plan: CardPlan) -> Iterator[str]:
+def card_differences(interfaces: list[ET.Element], plan: CardPlan) -> Iterator[str]:
     """One card, and nothing about it that was not asked for but the name that libvirt gives to devices."""
     yield from _differs("number of network cards", len(interfaces), 1)
     wanted = _facts(ET.fromstring(render_interface(plan)))  # noqa: S314 - our own

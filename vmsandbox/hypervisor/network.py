@@ -1,4 +1,4 @@
-"""Makes, plugs in and removes the network of one session, through libvirt and nft.
+"""Makes and removes the network of one session, through libvirt and nft.
 
 Order is safety: our own rules name the bridge and the tap before either exists, so there is no moment at which the
 card is there and they are not; and they go last. Whatever is here is found again by its name alone, which is made
@@ -26,7 +26,6 @@ from vmsandbox.render.network import (
     bridge_of,
     name_prefix,
     render_filter,
-    render_interface,
     render_network,
     table_of,
     tap_of,
@@ -106,11 +105,6 @@ def make_network(host: Host, plan: CardPlan, programs: Programs) -> None:
     host.create_network(render_network(plan))
 
 
-def plug_in(host: Host, uuid: str, plan: CardPlan) -> None:
-    """Give a running guest its card; libvirt puts its filter on the tap first. Raises HostError."""
-    host.attach(uuid, render_interface(plan))
-
-
 def remove_network(host: Host, name: str, programs: Programs) -> list[str]:
     """Remove bridge, filter and rules of this name, as far as they are there; returns what is left, in words.
 
@@ -119,6 +113,9 @@ def remove_network(host: Host, name: str, programs: Programs) -> list[str]:
     left: list[str] = []
     _attempt(left, "network", lambda: host.remove_network(name))
     _attempt(left, "network filter", lambda: host.remove_filter(name, tap_of(name)))
+    if not left and name not in host.network_names():
+        # A libvirtd that was killed between making the bridge and writing it down knows nothing of it afterwards.
+        _attempt(left, "bridge", lambda: _remove_bridge(bridge_of(name), programs))
     for interface in (bridge_of(name), tap_of(name)):
         if Path("/sys/class/net", interface).exists():
             left.append(f"interface {interface}: it is still there")
@@ -133,6 +130,11 @@ def stray_names(host: Host, home: Path, programs: Programs) -> set[str]:
     names = {name for name in host.network_names() if name.startswith(prefix)}
     tables = {name.replace("_", "-") for _, name in _tables(programs) if name.startswith(table_of(prefix))}
     return {name for name in names | tables if re.fullmatch(r"[0-9a-f]{10}", name.removeprefix(prefix))}
+
+
+def _remove_bridge(bridge: str, programs: Programs) -> None:
+    if Path("/sys/class/net", bridge, "bridge").exists():
+        programs.run(["ip", "link", "delete", "dev", bridge, "type", "bridge"], timeout=20)
 
 
 def _remove_tables(table: str, programs: Programs) -> None:

@@ -238,7 +238,8 @@ class Egress:
             return
         self._frozen = True
         try:
-            freeze_guest(self._folder, self._info, by="broker", reason=event.reason)
+            # as it is now: another guest may have taken the place of the one that we began with
+            freeze_guest(self._folder, self._folder.info(), by="broker", reason=event.reason)
         except VmsandboxError as error:
             self._monitor.warning(f"{name}: {what}; and the guest could NOT be frozen: {error.brief}")
             return

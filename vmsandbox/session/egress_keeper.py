@@ -25,7 +25,7 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.egress import Egress, EgressPlan
-from vmsandbox.session.filtered import reopen_card
+from vmsandbox.session.filtered import Card, reopen_card
 from vmsandbox.session.folder import SessionFolder, guests_of
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.keeper import FORWARDS, GO
@@ -93,21 +93,25 @@ def _keep(told: dict[str, Any], ending: int, log: _Log) -> None:
             else:
                 egress.watch(card)
                 _tell(FORWARDS)
-                _outlast(folder, info, ending)
+                _outlast(folder, info, card, ending)
     finally:
         egress.close()
         if card is not None:
             card.close()
 
 
-def _outlast(folder: SessionFolder, info: SessionInfo, ending: int) -> None:
+def _outlast(folder: SessionFolder, info: SessionInfo, card: Card, ending: int) -> None:
     """Until the guest is gone or someone asks for the end: a card is watched also when its broker has ended."""
-    qemu = os.pidfd_open(folder.qemu_pid(info))
-    try:
+    watched = info
+    for qemu in guests_of(folder, info):
+        now = folder.info()
+        if now.uuid != watched.uuid:  # rolled back
+            card.follow(now)
+            watched = now
         while not _any(_LOOK, qemu, ending):
             pass
-    finally:
-        os.close(qemu)
+        if _any(0, ending):
+            return
 
 
 def _forward(folder: SessionFolder, info: SessionInfo, egress: Egress, ending: int, log: _Log) -> None:

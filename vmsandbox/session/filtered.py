@@ -34,12 +34,12 @@ from vmsandbox.hypervisor.livexml import check_live_xml
 from vmsandbox.hypervisor.network import (
     choose_addresses,
     make_network,
-    plug_in,
     refuse_where_impossible,
     remove_network,
     routed_networks,
     stray_names,
 )
+from vmsandbox.hypervisor.plugging import holds_tap, plug_in
 from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
@@ -67,6 +67,7 @@ class Card:
         self._listeners: Listeners | None = None
         self._first: InForce | None = None
         self._watch: CardWatch | None = None
+        self._on_gone: Callable[[str], None] = lambda _reason: None
 
     @property
     def proxy(self) -> str:
@@ -129,13 +130,24 @@ class Card:
         on_gone: told then why, from a thread of the watch's own. It need not freeze.
         """
         self.verify()
+        self._on_gone = on_gone
+        self._watch_on()
+
+    def follow(self, info: SessionInfo) -> None:
+        """The session was rolled back: watch the card of the guest that it has now, which may be about to get it."""
+        if self._watch is not None:
+            self._watch.close()
+        self._info = info
+        self._watch_on()
+
+    def _watch_on(self) -> None:
         assert self._first is not None
 
         def frozen(reason: str) -> None:
             if self._freeze(reason):
-                on_gone(reason)
+                self._on_gone(reason)
 
-        self._watch = CardWatch(self.plan, self._first, self._programs, self._guest_runs, frozen)
+        self._watch = CardWatch(self.plan, self._first, self._programs, self._guest_runs, self._is_away, frozen)
 
     def close(self) -> None:
         """End the watch and close the sockets; bridge, filter and rules stay until `remove_card`. Never raises."""
@@ -148,6 +160,11 @@ class Card:
 
     def _guest_runs(self) -> bool:
         return guest_runs(self._info.uuid, self._folder.pid_file(self._info))
+
+    def _is_away(self) -> bool:
+        with suppress(OSError, ValueError):
+            return not holds_tap(self._folder.qemu_pid(self._info))
+        return False
 
     def _freeze(self, reason: str) -> bool:
         """Stop the guest: by libvirt, else its process. False if it is gone by itself."""

@@ -33,6 +33,7 @@ from vmsandbox.session.info import Halfway, SessionInfo
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import made_of
 from vmsandbox.session.plan import Prepared
+from vmsandbox.session.replug import plug_again
 from vmsandbox.session.snapshots import known_facts, restore_known, snapshot_of
 from vmsandbox.session.starting import IDENTITY_DEADLINE, domain_name
 from vmsandbox.session.teardown import end_guest, remove_guest_files
@@ -153,6 +154,9 @@ def recover(folder: SessionFolder) -> str | None:
     end_guest(folder, gone)
     failpoint("rollback.ended")
     remove_guest_files(folder, gone)
+    if is_committed:
+        plug_again(folder, coming, instead_of=gone)  # its tap is free only now
+        failpoint("rollback.plugged")
     folder.end_halfway()
     Ledger.of(folder.layout).gone(gone.id, *_things_of(folder, gone))
     return f"its rollback to {tag} was finished" if is_committed else f"its rollback to {tag} was undone"

@@ -31,7 +31,7 @@ from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.made import is_emulated
 from vmsandbox.session.quotas import check_quota
-from vmsandbox.spec import NetworkMode
+from vmsandbox.session.replug import plug_again, without_card
 
 if TYPE_CHECKING:
     from vmsandbox.hypervisor.snapshot import Snapshot
@@ -98,7 +98,8 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
                 base.state,
                 is_emulated(folder),
             )
-            taken = take(host, guest, taking)
+            with without_card(host, folder, info):
+                taken = take(host, guest, taking)
             facts = {"key": secrets.token_hex(16), "tag": tag, "parent": _standing_on(folder), "created": _now()}
             publish_snapshot(taken, target, base, facts)
         except BaseException:
@@ -210,6 +211,7 @@ def recover_snapshots(folder: SessionFolder, info: SessionInfo) -> list[str]:
     if left and not is_frozen(folder):
         with closing(Host.open()) as host:
             go_on(host, info.uuid)
+        plug_again(folder, info)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return ["a snapshot that was interrupted is removed" for _ in left]
@@ -218,12 +220,6 @@ def recover_snapshots(folder: SessionFolder, info: SessionInfo) -> list[str]:
 def _refuse_impossible(folder: SessionFolder, info: SessionInfo) -> None:
     if not info.ready:
         raise UserInputError(f"session {info.name!r} is still starting", resolution="try again when it is ready")
-    if info.network == NetworkMode.FILTERED.value:
-        raise UserInputError(
-            f"session {info.name!r} has a filtered card, and a guest with a card has no snapshots",
-            details="the card's state belongs to one bridge and one address of this host",
-            resolution="use --net proxy",
-        )
     if is_frozen(folder):
         raise UserInputError(
             f"session {info.name!r} is frozen: taking a snapshot would let its processors run for a moment",
