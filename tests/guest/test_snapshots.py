@@ -15,6 +15,9 @@ from harness import Cli, Guest, ended, kinds_of, leftovers, make_tree, wait_for
 
 from vmsandbox.hypervisor import snapshot as snapshot_module
 from vmsandbox.hypervisor.connection import Host
+from vmsandbox.ledger.admission import reservations
+from vmsandbox.ledger.book import Ledger
+from vmsandbox.ledger.processes import Process
 from vmsandbox.process import Programs
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.rollback import roll_back
@@ -202,6 +205,23 @@ def test_a_rollback_that_fails_leaves_the_session_as_it_was(snapped: Guest) -> N
         assert failing("rollback", "snapped", "work", status=None).returncode in (125, 130)
         assert snapped.info == before and snapped.sh("cat precious.txt") == "precious"
         assert domains(snapped.cli, "snapped") == [before.uuid]
+
+
+def test_a_rollback_without_room_for_a_second_guest_is_refused(snapped: Guest) -> None:
+    ledger, before = Ledger.of(snapped.cli.layout), snapped.info
+    with ledger.transaction() as connection:
+        values = ("somebody", "somebody", 1 << 40, 0, str(Process.here()), "2026")
+        connection.execute("INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?, ?)", values)
+    try:
+        refused = snapped.cli("rollback", "snapped", status=125)
+    finally:
+        with ledger.transaction() as connection:
+            connection.execute("DELETE FROM reservations WHERE owner = 'somebody'")
+    assert b"no room now for the guest that would take the place" in refused.stderr
+    assert b"reserved by somebody" in refused.stderr
+    assert snapped.info == before and snapped.sh("echo alive") == "alive"
+    snapped.cli("rollback", "snapped", "work")
+    assert [one.owner for one in reservations(ledger)] == [before.id], "the second guest's is given back"
 
 
 def test_without_the_right_to_look_into_qemu_the_stream_does(snapped: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

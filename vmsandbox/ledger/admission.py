@@ -33,6 +33,10 @@ _MARGIN_DISK = 1 << 30
 _LOOK = 0.3  # seconds between two looks of who waits
 
 
+class NoRoomError(HostError):
+    """Others have what somebody needs."""
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes that somebody is going to use at most. label: who, for people."""
@@ -128,7 +132,7 @@ def admitted(
         queued: told the position in the queue (1: the next one) while it waits, whenever that changes.
 
     Raises:
-        HostError: there is no room; it says who has it. UserInputError: there never will be.
+        NoRoomError: there is no room; it says who has it. UserInputError: there never will be.
         LedgerError: the ledger cannot be used.
     """
     _reserve_or_wait(ledger, owner, need, room, patience, queued)
@@ -201,7 +205,9 @@ def _reserve_or_wait(
                 _drop_ticket(connection, ticket)
 
 
-def _problem(need: Need, room: Room, promised: list[Reserved], ahead: list[Need]) -> HostError | UserInputError | None:
+def _problem(
+    need: Need, room: Room, promised: list[Reserved], ahead: list[Need]
+) -> NoRoomError | UserInputError | None:
     """Why it does not fit now, beside what is promised and what those ahead wait for."""
     _, total = _memory()
     if need.memory > total:
@@ -225,7 +231,7 @@ def _problem(need: Need, room: Room, promised: list[Reserved], ahead: list[Need]
         f"reserved by {one.label}: {_size(one.memory)} of memory ({_size(one.memory_used)} in use), "
         f"{_size(one.disk)} of disk" for one in promised
     ]  # fmt: skip
-    return HostError(
+    return NoRoomError(
         "this host has no room for another guest now",
         details="\n".join(lines),
         resolution="--wait queues for room; `vmsandbox stop NAME` ends a guest; --memory MIB asks for less; "

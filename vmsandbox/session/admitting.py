@@ -9,12 +9,15 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vmsandbox.errors import HostError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.ledger.admission import STARTING, Need, Room, admitted
+from vmsandbox.ledger.admission import STARTING, Need, NoRoomError, Room, admitted, release
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.quotas import check_quota
 from vmsandbox.spec import NetworkMode
@@ -52,6 +55,28 @@ def room_for(asked: SessionRequest, layout: Layout, host: Host, monitor: Monitor
     ):
         failpoint("session.reserved")
         yield owner
+
+
+@contextmanager
+def room_beside(folder: SessionFolder, info: SessionInfo) -> Iterator[None]:
+    """Reserve the memory of a second guest of a session's, which is to take the first one's place; then it goes back.
+
+    Raises:
+        HostError: there is no room. LedgerError: the ledger cannot be used.
+    """
+    ledger = Ledger.of(folder.layout)
+    owner = f"{STARTING}{secrets.token_hex(6)}"
+    need = Need(f"{info.name}, rolled back", info.memory_mib * _MIB + _QEMU, 0)
+    try:
+        with admitted(ledger, owner, need, lambda: Room.of(folder.layout.live)):
+            yield
+            release(ledger, owner)
+    except NoRoomError as error:
+        raise HostError(
+            "this host has no room now for the guest that would take the place of the one that runs",
+            details=error.details,
+            resolution=f"`vmsandbox stop` another guest; or stop {info.name} and start it anew",
+        ) from error
 
 
 def need_of(asked: SessionRequest, host: Host) -> Need:

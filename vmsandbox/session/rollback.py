@@ -25,6 +25,7 @@ from vmsandbox.ledger.book import Kind, Ledger, Thing
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.admitting import room_beside
 from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guestlock import guest_locked
@@ -76,9 +77,10 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         folder.begin_halfway(Halfway(before, info, snapshot.folder.name))
         failpoint("rollback.written")
         try:
-            _start(sandbox, info, replace(made.prepared, template=snapshot), made.policy, programs)
-            failpoint("rollback.ready")
-            folder.update(info)  # from here on the session is the new guest
+            with room_beside(folder, before):
+                _start(sandbox, info, replace(made.prepared, template=snapshot), made.policy, programs)
+                failpoint("rollback.ready")
+                folder.update(info)  # from here on the session is the new guest
         except BaseException:
             recover(folder)
             raise
