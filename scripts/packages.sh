@@ -27,9 +27,9 @@ if ! command -v dpkg-query > /dev/null; then
 fi
 
 # libvirt-dev, pkg-config, gcc: libvirt's Python bindings are compiled against the libvirt that is here.
-# iptables, nftables: the network card of `--net filtered`. uidmap: images built without root. gpg, debian-archive-keyring: mmdebstrap finds the keys for Debian with them.
+# iptables, nftables, dnsmasq-base: the network card of `--net filtered`. uidmap: images built without root. gpg, debian-archive-keyring: mmdebstrap finds the keys for Debian with them.
 wanted="qemu-system-x86 qemu-utils libvirt-daemon-system libvirt-clients mmdebstrap e2fsprogs uidmap
-    gpg openssh-client rsync git iptables nftables iproute2 libvirt-dev pkg-config gcc libc6-dev ca-certificates debian-archive-keyring $*"
+    gpg openssh-client rsync git iptables nftables dnsmasq-base iproute2 libvirt-dev pkg-config gcc libc6-dev ca-certificates debian-archive-keyring $*"
 # shellcheck disable=SC2086 # words on purpose
 installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $wanted 2> /dev/null | sed -n 's/^installed //p')
 for package in $wanted; do

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vmsandbox.errors import HostError
+from vmsandbox.errors import HostError, RefusedError
+from vmsandbox.hypervisor.network import refuse_without_dnsmasq
 from vmsandbox.paths import Layout
 from vmsandbox.process import Finished, Programs
 from vmsandbox.session.checks import Examined, Status
@@ -55,6 +56,14 @@ def test_a_host_with_all_of_it(root: Path) -> None:
     programs = Told()
     assert check_card(examined(root, programs)).status is Status.OK
     assert ["unshare", "-n", "nft", "-j", "-f", "-"] in programs.ran, "the rules are loaded, and not here"
+
+
+def test_without_dnsmasq_there_is_no_card(root: Path) -> None:
+    assert check_card(examined(root, Told(missing=["dnsmasq"]))).packages == ("dnsmasq-base",)
+    with pytest.raises(RefusedError, match="libvirtd crashes") as refused:
+        refuse_without_dnsmasq(Told(missing=["dnsmasq"]))
+    assert "dnsmasq-base" in refused.value.resolution
+    refuse_without_dnsmasq(Told())
 
 
 def test_others_than_root_are_told_that_it_is_not_for_them(root: Path) -> None:

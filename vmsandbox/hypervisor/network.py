@@ -57,6 +57,24 @@ def refuse_where_impossible(uri: str) -> None:
     )
 
 
+def refuse_without_dnsmasq(programs: Programs) -> None:
+    """Refuse where libvirtd could not be restarted any more while the guest runs.
+
+    A libvirtd that finds a network with an address at its start, and no dnsmasq, crashes (seen with 9.0.0: a null
+    pointer where it looks for the dnsmasq of the network, which ours never has). systemd would start it again and
+    again, and no guest of this host could be stopped by it.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    if programs.find("dnsmasq") is None:
+        raise RefusedError(
+            "a filtered network card needs dnsmasq to be installed: without, libvirtd crashes when it is restarted",
+            details="it is never started; libvirtd asks where it is",
+            resolution="apt-get install --no-install-recommends dnsmasq-base; or use --net proxy",
+        )
+
+
 def routed_networks(programs: Programs) -> list[Network]:
     """Every IPv4 network that this host routes or has an address in, but default routes. Raises HostError."""
     said = programs.run(["ip", "-j", "-4", "route", "show", "table", "all"], timeout=10).text

@@ -35,6 +35,7 @@ from vmsandbox.hypervisor.network import (
     choose_addresses,
     make_network,
     refuse_where_impossible,
+    refuse_without_dnsmasq,
     remove_network,
     routed_networks,
     stray_names,
@@ -201,6 +202,7 @@ def open_card(folder: SessionFolder, info: SessionInfo, programs: Programs, host
         HostError: libvirt or nft refused, or there is no address left.
     """
     refuse_where_impossible(host.uri)
+    refuse_without_dnsmasq(programs)
     for left in range(_TRIES - 1, -1, -1):
         seed = f"{info.id} {left}"
         addresses = choose_addresses(seed, routed_networks(programs))

@@ -21,7 +21,13 @@ _FEATURES = {
     "bridge": ("/sys/module/bridge",),
     "nf_tables": ("/sys/module/nf_tables",),
 }
-_PROGRAMS = {"nft": "nftables", "ebtables": "ebtables", "ip": "iproute2", "unshare": "util-linux"}
+_PROGRAMS = {
+    "nft": "nftables",
+    "ebtables": "ebtables",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "dnsmasq": "dnsmasq-base",  # never started; see `hypervisor.network.refuse_without_dnsmasq`
+}
 _LET_IN = "iptables -I INPUT -i 'vmb+' -j ACCEPT"
 _EXAMPLE = CardPlan("doctor", Path("/doctor"), "192.0.2.1", "192.0.2.2")
 
