@@ -31,7 +31,7 @@ WORKS = KvmProof(True, "the test guest ran", 0.2, False)
 FAILS = KvmProof(False, "the test guest did not run", 3.0, True)
 ALL_PROGRAMS = (
     "qemu-system-x86_64", "qemu-img", "libvirtd", "virtlogd", "mmdebstrap", "mke2fs", "ssh", "scp",
-    "ssh-keygen", "nft", "ebtables", "ip", "unshare", "newuidmap", "apt-get", "systemctl",
+    "ssh-keygen", "nft", "ebtables", "ip", "unshare", "newuidmap", "apt-get", "systemctl", "dnsmasq",
 )  # fmt: skip
 
 

@@ -232,6 +232,14 @@ class GuestThawed(Event):
 
 
 @dataclass(frozen=True)
+class ClockSet(Event):
+    """The guest was told the time again: the host's clock had jumped by so many seconds."""
+
+    kind: ClassVar[str] = "guest.clock"
+    jump: float
+
+
+@dataclass(frozen=True)
 class GuestPaused(Event):
     """QEMU has stopped the guest at a write that failed. free: bytes that the host's disk had then."""
 

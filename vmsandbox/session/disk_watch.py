@@ -16,6 +16,7 @@ from contextlib import suppress
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.journal import events
+from vmsandbox.session.clock import set_clock
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
 
@@ -73,8 +74,9 @@ def go_on(folder: SessionFolder, info: SessionInfo) -> bool:
         host.resume(info.uuid)
     finally:
         host.close()
-    with suppress(VmsandboxError):
+    with suppress(VmsandboxError, OSError):
         folder.journal(info.id).append(events.GuestResumed(free_bytes(folder)))
+        set_clock(folder, info)  # it stood still as well
     return True
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 
-from vmsandbox.errors import RefusedError, UserInputError
+from vmsandbox.errors import GuestError, RefusedError, UserInputError
 from vmsandbox.journal import events
+from vmsandbox.session.clock import set_clock
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
 
@@ -51,6 +52,8 @@ def thaw_guest(folder: SessionFolder, info: SessionInfo) -> None:
     finally:
         host.close()
     (folder.path / "frozen").unlink(missing_ok=True)
+    with suppress(GuestError, OSError):  # its clock stood still as well
+        set_clock(folder, info)
     folder.journal(info.id).append(events.GuestThawed())
 
 

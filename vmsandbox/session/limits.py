@@ -81,12 +81,13 @@ def limited(sandbox: Sandbox) -> Iterator[Meter]:
     Raises:
         LimitReachedError: instead of the error that the session's end caused.
     """
+    from vmsandbox.session.clock import ClockWatch
     from vmsandbox.session.disk_watch import DiskWatch
 
     meter = Meter(sandbox)
     meter.note()
     try:
-        with DiskWatch(sandbox.folder, sandbox.info, sandbox.monitor.warning):
+        with DiskWatch(sandbox.folder, sandbox.info, sandbox.monitor.warning), ClockWatch(sandbox.folder, sandbox.info):
             yield meter
     except GuestError as error:
         if reached := ended_by_limit(sandbox.folder, sandbox.info):

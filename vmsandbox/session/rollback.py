@@ -27,6 +27,7 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.admitting import room_beside
 from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
+from vmsandbox.session.clock import note_clock
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.identity import go_on_as
@@ -120,6 +121,7 @@ def _start(sandbox: Sandbox, info: SessionInfo, prepared: Prepared, policy: Poli
         _domain, control = start_fork(host, request, programs, inspect)
         failpoint("rollback.started")
         go_on_as(control, IDENTITY_DEADLINE)
+    note_clock(folder)
     get_ready.join()
     _log_in(folder, info)
 

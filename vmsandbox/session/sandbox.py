@@ -30,6 +30,7 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session.admitting import room_for
 from vmsandbox.session.baseline import keep_baseline
+from vmsandbox.session.clock import mend_clock
 from vmsandbox.session.ending import end_session
 from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import SessionFolder
@@ -200,6 +201,7 @@ class Sandbox:
     def shell(self) -> GuestShell:
         """The SSH connection of this object, made on first use."""
         note_activity(self.folder)
+        mend_clock(self.folder, self.info)
         if self._shell is None or not self._shell.is_open:
             from vmsandbox.guest.ssh import GuestShell
 

@@ -26,6 +26,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
+from vmsandbox.session.clock import note_clock
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guest_settings import guest_environment
 from vmsandbox.session.identity import give_identity
@@ -167,6 +168,7 @@ def start_guest(
             disk_free_of(prepared.limits),
         )
         failpoint("session.identity")
+        note_clock(sandbox.folder)
         sandbox.folder.save_keys(keys)
         failpoint("session.keys")
         if network is not None:

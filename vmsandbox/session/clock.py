@@ -1,0 +1,78 @@
+"""Sets a guest's clock again when the host's has jumped: it slept, somebody set it, or the guest stood still.
+
+A guest's clock goes on from what it was told once. What is compared is how far the host's clock of the day is from the
+one that only counts while the host is awake: nothing else changes that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing, suppress
+
+from vmsandbox.errors import VmsandboxError
+from vmsandbox.guest.control import ControlPort
+from vmsandbox.journal import events
+from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.identity import go_on_as
+from vmsandbox.session.info import SessionInfo
+
+_FILE = "clock"
+_TOLERANCE = 1.0  # seconds; what NTP corrects in small steps goes on unseen until it is that much
+_DEADLINE = 5.0  # for the guest's answer
+_EVERY = 2.0  # seconds between two looks while a command runs
+
+
+class ClockWatch:
+    """Mends the clock while a command runs, which may be for hours: `with ClockWatch(folder, info): …`."""
+
+    def __init__(self, folder: SessionFolder, info: SessionInfo) -> None:
+        self._folder = folder
+        self._info = info
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
+
+    def __enter__(self) -> ClockWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(_DEADLINE)
+
+    def _run(self) -> None:
+        while not self._end.wait(_EVERY):
+            mend_clock(self._folder, self._info)
+
+
+def note_clock(folder: SessionFolder) -> None:
+    """The guest was told the time just now. Raises OSError."""
+    (folder.path / _FILE).write_text(repr(_host_offset()))
+
+
+def mend_clock(folder: SessionFolder, info: SessionInfo) -> float:
+    """Tell the guest the time if the host's clock has jumped since it was told; by how many seconds, 0 if it has not.
+
+    A guest that does not answer keeps its clock.
+    """
+    try:
+        jump = _host_offset() - float((folder.path / _FILE).read_text())
+    except (OSError, ValueError):
+        return 0  # not told yet
+    if abs(jump) < _TOLERANCE:
+        return 0
+    with suppress(VmsandboxError, OSError):
+        set_clock(folder, info)
+        folder.journal(info.id).append(events.ClockSet(round(jump, 3)))
+    return jump
+
+
+def set_clock(folder: SessionFolder, info: SessionInfo) -> None:
+    """Tell the guest the time now. Raises GuestError, OSError."""
+    note_clock(folder)  # first: a guest that does not answer is not asked again for each command
+    with closing(ControlPort(folder.sockets(info) / "control")) as control:
+        go_on_as(control, _DEADLINE)
+
+
+def _host_offset() -> float:
+    return time.time() - time.monotonic()
