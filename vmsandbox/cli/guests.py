@@ -133,7 +133,7 @@ def push(
     monitor = make_monitor()
     sandbox = Sandbox.attach(name, monitor=monitor)
     try:
-        sandbox.push(path.absolute(), effective_for(path, policy, monitor).policy, history=history)
+        sandbox.push(path.absolute(), effective_for(path, policy).policy, history=history)
     finally:
         sandbox.disconnect()
     return 0

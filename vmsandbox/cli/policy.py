@@ -1,4 +1,7 @@
-"""policy check, show, diff, sign, schema, propose: what a policy says, before a guest is started with it."""
+"""policy check, show, diff, sign, schema, propose: what a policy says, before a guest is started with it.
+
+`policy import` and `policy timer` are in modules of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import typer
 from vmsandbox.cli.importing import import_files
 from vmsandbox.cli.options import JsonOption
 from vmsandbox.cli.output import print_json
+from vmsandbox.cli.timer import timer
 from vmsandbox.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command("import")(import_files)
+app.command("timer")(timer)
 FileArgument = Annotated[
     Path | None,
     typer.Argument(metavar="[FILE]", help="The policy.", show_default=".claude/sandbox.yaml or .vmsandbox.yaml here"),
@@ -32,7 +37,6 @@ FileArgument = Annotated[
 def check(file: FileArgument = None, json: JsonOption = False) -> int:
     """Read a policy strictly, and say what in it has no effect or allows more than it looks like."""
     from vmsandbox.policy.consent import reaches_into_host
-    from vmsandbox.policy.values import unenforced
 
     effective = _effective(file)
     if effective.own is None:
@@ -40,18 +44,15 @@ def check(file: FileArgument = None, json: JsonOption = False) -> int:
     policy = effective.own.policy
     findings = _findings(effective, effective.own)
     asks = reaches_into_host(policy)
-    notes = unenforced(policy)
     if json:
         told = [{"where": f"sandbox.{one.where}", "text": one.text, "warning": one.warning} for one in findings]
-        found = {"findings": told, "needs_naming": asks, "unenforced": notes}
+        found = {"findings": told, "needs_naming": asks}
         print_json({"file": str(policy.source), "valid": True, **found})
         return 0
     for one in findings:
         print(f"{'WARNING' if one.warning else 'note'}: sandbox.{one.where} {one.text}")
     for text in asks:
         print(f"note: granted only to a policy that is named with --policy: sandbox.{text}")
-    for note in notes:
-        print(f"note: {note}")
     print(f"{policy.source} is valid")
     return 0
 

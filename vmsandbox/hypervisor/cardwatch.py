@@ -2,7 +2,7 @@
 
 Rules that were in force at the start say nothing about the minute after: a firewall is reloaded, a bridge is changed.
 The kernel tells of every change of its rules and links (netlink(7)); each is followed by a look of our own, and so is
-every second, should a message be lost.
+every second, should a message be lost. While QEMU has no tap open (a snapshot is being taken) nothing can pass.
 """
 
 from __future__ import annotations

@@ -157,6 +157,9 @@ def _once(policy: Policy) -> Iterator[Finding]:
         hosts = ", ".join(f'"{one}"' for one in bundles)
         text = f"fetches packages and has no network: network: {{mode: restricted, allowed_hosts: [{hosts}]}}"
         yield Finding("session.post_create", text, True)
+    if policy.session.schedule is not None:
+        text = "starts nothing by itself: `vmsandbox policy timer --install -- COMMAND` makes the timer"
+        yield Finding("session.schedule", text, False)
 
 
 def _taken_back(ours: Any, theirs: Any, where: tuple[str | int, ...], names: str) -> Iterator[Finding]:

@@ -64,7 +64,7 @@ class Session(Strict):
         )
     )
     healthcheck: HealthcheckSection | None = described("A command that is repeated; its failures are events.")
-    schedule: Schedule | None = described("When it is repeated: a calendar expression of systemd.")
+    schedule: Schedule | None = described("When `policy timer` repeats it: a calendar expression of systemd.")
 
 
 class Push(Strict):

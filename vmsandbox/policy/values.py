@@ -183,7 +183,7 @@ class SessionPolicy:
     post_create    a command that runs once per template, in the guest
     post_create_files   paths and globs in the project: what it reads of it; empty: what the command names, and lists
                    of packages
-    schedule       a systemd calendar expression, for nightly use
+    schedule       a systemd calendar expression, for the timer that `policy timer` makes
     """
 
     time: float | None = None
@@ -248,10 +248,3 @@ class Policy:
     returns: ReturnPolicy = field(default_factory=ReturnPolicy)
     source: Path | None = None
     outer: tuple[Path, ...] = ()
-
-
-def unenforced(policy: Policy) -> list[str]:
-    """What this version reads from the policy but does not act on, one plain sentence each, for a notice."""
-    if policy.session.schedule is None:
-        return []
-    return ["session.schedule has no effect yet: start the session from a timer of your own"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vmsandbox.errors import RefusedError
 from vmsandbox.monitor import Monitor
 from vmsandbox.policy.effective import Effective, effective_policy
-from vmsandbox.policy.values import Policy, unenforced
+from vmsandbox.policy.values import Policy
 from vmsandbox.spec import NetworkMode
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def held(asked: SessionRequest, named: Policy | Path | None, monitor: Monitor) -
         UserInputError, RefusedError, HostError: see `effective_policy`; or the project's own policy asks for something
             of the host.
     """
-    effective = effective_for(asked.project, named, monitor)
+    effective = effective_for(asked.project, named)
     asked = replace(asked, policy=effective.policy, held=True)
     network = asked.policy.network
     if effective.own is not None and named is None:
@@ -40,18 +40,14 @@ def held(asked: SessionRequest, named: Policy | Path | None, monitor: Monitor) -
     return asked
 
 
-def effective_for(project: Path | None, named: Policy | Path | None, monitor: Monitor) -> Effective:
-    """The policy of a project, or the one that was named, within the wider files; tells what has no effect."""
+def effective_for(project: Path | None, named: Policy | Path | None) -> Effective:
+    """The policy of a project, or the one that was named, within the wider files."""
     if isinstance(named, Policy):
-        effective = effective_policy(None, given=named)
-    else:
-        from vmsandbox.policy.load import find_policy
+        return effective_policy(None, given=named)
+    from vmsandbox.policy.load import find_policy
 
-        found = find_policy(project) if named is None and project is not None and project.is_dir() else None
-        effective = effective_policy(named or found)
-    for text in unenforced(effective.policy):
-        monitor.notice(text)
-    return effective
+    found = find_policy(project) if named is None and project is not None and project.is_dir() else None
+    return effective_policy(named or found)
 
 
 def _refuse_reach(policy: Policy, has_network: bool) -> None:

@@ -272,7 +272,7 @@ class Sandbox:
         from vmsandbox.session.history import give_history
         from vmsandbox.session.project import guest_folder_for, push_project
 
-        rules = policy if policy is not None else effective_for(project, None, self.monitor).policy
+        rules = policy if policy is not None else effective_for(project, None).policy
         runner = programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
         with (
