@@ -25,8 +25,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "guest")]
 from harness import PROGRAM, Cli, leftovers, wait_for  # noqa: E402
 
 from vmsandbox.ledger.book import Ledger  # noqa: E402
+from vmsandbox.ledger.processes import processes_of  # noqa: E402
 from vmsandbox.render.network import CardPlan, bridge_of, name_prefix, table_of, tap_of  # noqa: E402
-from vmsandbox.session.orphans import processes_of  # noqa: E402
 
 FAULTS = ("kill", "int", "term", "hup", "terminal", "enospc", "qemu", "suspend")
 PRIVATE_FAULTS = ("libvirtd", "full", "readonly", "restart")

@@ -104,6 +104,7 @@ def _tailored(project: Path, number: int) -> list[str]:
     return ["session", str(project), "--name", "cm", "--", "true"]
 
 
+EMPTY = ("session", "--empty", "--name", "cm")
 WORK = "echo new >> file0; rm file1; echo made > made"
 SCENARIOS = (
     Scenario(
@@ -115,8 +116,8 @@ SCENARIOS = (
     Scenario("rollback", lambda _project, _: ["rollback", "cm-kept"], _kept, _stop, goes_on=True),
     Scenario("gc", lambda _project, _: ["gc"], _killed),
     Scenario("tailor", _tailored),
-    Scenario("template", lambda _project, number: ["session", "--empty", "--memory", str(304 + number), "--", "true"]),
-    Scenario("filtered", lambda _project, _: ["session", "--empty", "--net", "filtered", "--", "true"]),
+    Scenario("template", lambda _project, number: [*EMPTY, "--memory", str(304 + number), "--", "true"]),
+    Scenario("filtered", lambda _project, _: [*EMPTY, "--net", "filtered", "--", "true"]),
     Scenario(
         "filtered-snapshot", lambda _project, _: ["snapshot", "cm-kept", "tag"], _kept_with_card, _stop, goes_on=True
     ),

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from harness import Cli, Guest, ended, leftovers, make_tree, wait_for
 
+from vmsandbox.ledger.processes import processes_of
+from vmsandbox.session.folder import SessionFolder
+
 STAGES = {
     "template": b"making template",
     "fork": b"starting guest",
@@ -144,6 +147,26 @@ def test_a_guest_that_died_is_shown_and_removed(fork: Callable[..., Guest]) -> N
     done = guest.cli("exec", guest.name, "--", "true", status=125, timeout=90)
     assert b"Traceback" not in done.stderr
     assert [item["what"] for item in guest.cli.json("gc")] == [guest.name]
+
+
+def test_a_guest_that_libvirt_has_forgotten_is_ended_by_its_uuid(cli: Cli) -> None:
+    """As when libvirtd is killed while it starts one: no process is written down, and libvirt knows of none."""
+    started = cli.start("session", "--empty", "--name", "forgotten", "--", "true")
+    folder = SessionFolder(cli.layout, "forgotten")
+    wait_for(lambda: (folder.path / "session.json").exists())
+    os.kill(started.pid, signal.SIGSTOP)
+    info = folder.info()
+    words = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-uuid", info.uuid]
+    guest = subprocess.Popen(words)
+    try:
+        wait_for(lambda: len(processes_of(info.uuid)) >= 1)
+        started.kill()
+        started.communicate()
+        cli("gc")
+        wait_for(lambda: guest.poll() is not None, timeout=5)
+    finally:
+        guest.kill()
+        guest.wait()
 
 
 def test_a_guest_that_dies_under_a_command_is_an_error(fork: Callable[..., Guest]) -> None:

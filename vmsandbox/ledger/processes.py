@@ -81,6 +81,20 @@ def process_started(pid: int) -> int | None:
     return None
 
 
+def processes_of(uuid: str) -> list[Process]:
+    """The QEMU processes of a guest, by the UUID on their command lines."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            process = Process.of(int(entry.name))
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"qemu" in os.path.basename(words[0]) and uuid.encode() in words:  # noqa: PTH119 - bytes
+                found.append(process)
+    return found
+
+
 def private_memory(pid: int) -> int:
     """Bytes of memory that a process has for itself alone (RssAnon of proc(5)); 0 if it is gone.
 

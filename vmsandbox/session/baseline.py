@@ -23,12 +23,12 @@ from vmsandbox.errors import VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.image.manifest import MANIFEST, SHORT
+from vmsandbox.ledger.processes import processes_of
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.orphans import processes_of
 
 RECORD = "shared.json"
 MISSING = "missing"

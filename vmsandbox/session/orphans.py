@@ -7,7 +7,6 @@ that was killed in the middle leaves such.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from vmsandbox.errors import HostError, VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.ledger.admission import QEMU
 from vmsandbox.ledger.book import Kind, Ledger, Row, things_of
-from vmsandbox.ledger.processes import Process
+from vmsandbox.ledger.processes import Process, processes_of
 from vmsandbox.paths import IMAGE_NAME, SESSION_NAME, Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
@@ -232,20 +231,6 @@ class _Remover:
     def _below_live(self, _name: str) -> bool:
         """Its folder does not carry the session's id any more, so what is in it is not the session's."""
         return False
-
-
-def processes_of(uuid: str) -> list[Process]:
-    """The QEMU processes of a guest, by the UUID on their command lines."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with suppress(OSError):
-            process = Process.of(int(entry.name))
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"qemu" in os.path.basename(words[0]) and uuid.encode() in words:  # noqa: PTH119 - bytes
-                found.append(process)
-    return found
 
 
 def _folder_of(layout: Layout, session: str, rows: list[Row]) -> tuple[SessionFolder | None, SessionInfo | None]:

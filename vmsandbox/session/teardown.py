@@ -16,10 +16,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from vmsandbox.errors import VmsandboxError
+from vmsandbox.errors import HostError, VmsandboxError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.ledger.book import Ledger
-from vmsandbox.ledger.processes import Process
+from vmsandbox.ledger.processes import Process, processes_of
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
@@ -91,7 +91,7 @@ def remove_guest_files(folder: SessionFolder, info: SessionInfo) -> None:
 
 
 def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
-    """End the QEMU process of a session; by libvirt if its process is not known.
+    """End the QEMU process of a session; by libvirt if its process is not known, and by its UUID if it is not to it.
 
     Raises:
         HostError: neither way worked.
@@ -105,6 +105,10 @@ def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
         host.destroy(info.uuid)
     finally:
         host.close()
+    # A libvirtd that was killed while it started the guest, or whose /run was lost, knows nothing of it.
+    for process in processes_of(info.uuid):
+        if not process.end(None):
+            raise HostError("the guest's process does not end", details=f"process {process.pid}, UUID {info.uuid}")
 
 
 def remove_damaged(layout: Layout, name: str) -> list[str]:
