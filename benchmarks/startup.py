@@ -9,7 +9,7 @@
 (d) exec    `vmsandbox exec` on a running guest (whole process), and a command on an open connection
 (e) whole   `vmsandbox session PROJECT -- true`, until the process has ended
 
-Besides: six of (c) at once, and the memory of idle forks. Bars are ratios; seconds differ from machine to machine.
+Besides: six of (c) at once, beside six of (a) at once on the same processors, and the memory of idle forks. Bars are ratios; seconds differ from machine to machine.
 The rounds are interleaved, so that a slow minute of the machine hits all alike.
 """
 
@@ -27,6 +27,7 @@ import threading
 import time
 import uuid as uuids
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vmsandbox.guest.control import ControlPort, connect_unix
@@ -118,6 +119,7 @@ class Bench:
             "a floor microvm": lambda: self.floor("microvm"),
             "c ready": self.ready,
             "six at once": self.six,
+            "six floors": self.six_floors,
             "d exec": self.exec_,
             "d command": self.command,
             "e whole": self.whole,
@@ -152,6 +154,13 @@ class Bench:
                 return seconds
             self.hung_floors += 1  # microvm under emulation hangs now and then before its first line
         raise SystemExit(f"plain QEMU with -machine {machine} did not start in five attempts")
+
+    def six_floors(self) -> float:
+        """Seconds until the last of six plain QEMUs (q35) that start at once has printed its line."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(self.floor, ["q35"] * 6))
+        return time.monotonic() - began
 
     # -- (b) -----------------------------------------------------------------------------------------------
 
@@ -358,6 +367,7 @@ def report(samples: Samples, memory: dict[str, float], bench: Bench, target: Pat
     ratios = {"ready / floor q35": ready / floor}
     if "six at once" in rows:
         ratios["six at once / ready"] = rows["six at once"]["median"] / ready
+        ratios["six floors at once / floor q35"] = rows["six floors"]["median"] / floor
     for cold in ("b cold", "b cold stock"):
         if cold in rows:
             ratios[f"{cold} / ready"] = rows[cold]["median"] / ready
