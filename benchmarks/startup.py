@@ -9,7 +9,8 @@
 (d) exec    `vmsandbox exec` on a running guest (whole process), and a command on an open connection
 (e) whole   `vmsandbox session PROJECT -- true`, until the process has ended
 
-Besides: six of (c) at once, beside six of (a) at once on the same processors, and the memory of idle forks. Bars are ratios; seconds differ from machine to machine.
+Besides: six of (c) at once, beside six of (a) at once on the same processors, and the memory of idle forks. Bars are
+ratios; seconds differ from machine to machine.
 The rounds are interleaved, so that a slow minute of the machine hits all alike.
 """
 
