@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from harness import Cli, Guest, ended, kinds_of, leftovers, make_tree, wait_for
 
+from vmsandbox.errors import HostError
+from vmsandbox.failpoints import switched_on
 from vmsandbox.hypervisor import snapshot as snapshot_module
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.ledger.admission import reservations
@@ -205,6 +207,32 @@ def test_a_rollback_that_fails_leaves_the_session_as_it_was(snapped: Guest) -> N
         assert failing("rollback", "snapped", "work", status=None).returncode in (125, 130)
         assert snapped.info == before and snapped.sh("cat precious.txt") == "precious"
         assert domains(snapped.cli, "snapped") == [before.uuid]
+
+
+def test_a_guest_goes_on_though_the_connection_to_libvirt_broke_while_it_stood_still(
+    snapped: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Host] = []
+    real = Host.open
+
+    def recorded() -> Host:
+        opened.append(real())
+        return opened[-1]
+
+    def gone(*_: object) -> None:
+        raise HostError("the connection is gone")
+
+    def cut(name: str) -> None:
+        if name == "snapshot.disk":
+            for call in ("qmp", "resume"):
+                monkeypatch.setattr(opened[-1], call, gone)
+
+    monkeypatch.setattr(Host, "open", recorded)
+    with switched_on(cut), pytest.raises(HostError, match="connection is gone"):
+        take_snapshot(Sandbox.attach("snapped", layout=snapped.cli.layout), "cut")
+    assert snapped.sh("echo alive") == "alive"
+    assert not list(snapped.folder.snapshots.glob(".taking-*"))
+    assert {row["tag"] for row in snapped.cli.json("snapshots", "snapped")} == {"start", "work"}
 
 
 def test_a_rollback_without_room_for_a_second_guest_is_refused(snapped: Guest) -> None:

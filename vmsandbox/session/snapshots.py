@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import HostError, UserInputError
+from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.launch import disk_errors
 from vmsandbox.hypervisor.snapshot import MANIFEST, Running, find_snapshot, go_on, publish_snapshot, take
@@ -103,7 +103,13 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
             facts = {"key": secrets.token_hex(16), "tag": tag, "parent": _standing_on(folder), "created": _now()}
             publish_snapshot(taken, target, base, facts)
         except BaseException:
-            shutil.rmtree(taking, ignore_errors=True)
+            try:
+                # by a connection of its own: libvirtd may have been restarted meanwhile
+                recover_snapshots(folder, info)
+            except (VmsandboxError, OSError) as error:
+                sandbox.monitor.warning(
+                    f"the guest of {info.name} may stand still: {error}; `vmsandbox gc` lets it go on"
+                )
             raise
         finally:
             host.close()
