@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from netted import BALLOONED, fetch, keeper_of, named
 from rooted import RootedGuest, with_root
 from upstream import Upstream
 
+from vmsandbox.errors import RefusedError
+from vmsandbox.failpoints import switched_on
 from vmsandbox.hypervisor.connection import Host, default_uri
 from vmsandbox.hypervisor.plugging import holds_tap
 from vmsandbox.policy.values import NetworkPolicy, Policy
@@ -22,7 +24,9 @@ from vmsandbox.render.network import CardPlan
 from vmsandbox.session import plan
 from vmsandbox.session.filtered import read_plan
 from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.replug import MARK
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.snapshots import take_snapshot
 from vmsandbox.spec import NetworkMode
 
 pytestmark = pytest.mark.skipif(
@@ -120,10 +124,12 @@ def test_sessions_that_begin_as_its_snapshot_have_cards_of_their_own(
     [
         (("snapshot", "carded", "killed"), "card.unplugged"),
         (("snapshot", "carded", "killed"), "snapshot.memory"),
+        (("snapshot", "carded", "killed"), "card.returning"),
         (("snapshot", "carded", "killed"), "card.plugged"),
         (("rollback", "carded"), "rollback.ready"),
         (("rollback", "carded"), "rollback.ended"),
-        (("rollback", "carded"), "rollback.plugged"),
+        (("rollback", "carded"), "rollback.freed"),
+        (("rollback", "carded"), "card.returning"),
     ],
 )
 def test_a_guest_whose_card_was_out_when_the_program_was_killed_gets_it_back(
@@ -137,6 +143,13 @@ def test_a_guest_whose_card_was_out_when_the_program_was_killed_gets_it_back(
     assert {row["tag"] for row in carded.cli.json("snapshots", "carded")} == {"start", "work"}
 
 
+def test_an_interruption_while_the_card_comes_back_leaves_it_in(carded: RootedGuest, upstream: Upstream) -> None:
+    interrupted = Cli(carded.cli.home, {**carded.cli.env, "VMSANDBOX_FAILPOINT": "card.returning=interrupt"})
+    interrupted("snapshot", "carded", "broken", status=130)
+    assert holds_tap(carded.qemu) and reaches(carded, upstream)
+    assert not (carded.folder.path / MARK).exists() and carded.cli.json("gc") == []
+
+
 def test_the_guest_that_came_is_watched(carded: RootedGuest) -> None:
     carded.cli("rollback", "carded", "work")
     its = card(carded)
@@ -147,19 +160,34 @@ def test_the_guest_that_came_is_watched(carded: RootedGuest) -> None:
     carded.stop()
 
 
-@pytest.fixture
-def stubborn(cli: Cli) -> Iterator[RootedGuest]:
-    """A guest whose root has told its kernel not to hear of devices that go."""
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+@contextmanager
+def hostile(cli: Cli, name: str) -> Iterator[RootedGuest]:
+    """A guest with a card whose root is in the test's hands."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "confinement_of", with_root)
         policy = Policy(network=NetworkPolicy(mode="filtered"), resources=BALLOONED)
         request = SessionRequest(
-            name="stubborn", allow_emulation=True, keep=True, network=NetworkMode.FILTERED, policy=policy
+            name=name, allow_emulation=True, keep=True, network=NetworkMode.FILTERED, policy=policy
         )
         Sandbox.open(request=request, layout=cli.layout).disconnect()
-        guest = RootedGuest(cli, "stubborn")
-        stack.callback(guest.stop)
+        guest = RootedGuest(cli, name)
+        try:
+            yield guest
+        finally:
+            guest.stop()
+
+
+@pytest.fixture
+def stubborn(cli: Cli) -> Iterator[RootedGuest]:
+    """Its kernel does not hear of devices that go."""
+    with hostile(cli, "stubborn") as guest:
         guest.root("echo disable > /sys/firmware/acpi/interrupts/gpe01")
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def refusing(cli: Cli) -> Iterator[RootedGuest]:
+    with hostile(cli, "refusing") as guest:
         yield guest
 
 
@@ -168,3 +196,36 @@ def test_a_guest_that_keeps_its_card_has_no_snapshot_and_goes_on(stubborn: Roote
     assert b"does not let go of its network card" in refused.stderr
     assert stubborn.cli.json("snapshots", "stubborn") == []
     assert holds_tap(stubborn.qemu) and stubborn.sh("echo alive") == "alive" and not was_frozen(stubborn)
+
+
+# Answers all, but sets no card up once it was told that it was rolled back.
+REFUSING = r"""
+program=$(systemctl cat vmsandbox-control | sed -n 's/^ExecStart=.*\(\/[^ ]*vmsandbox-control\).*/\1/p')
+sed -i 's/^def again(request):$/&\n    open("\/run\/refuse", "w")/' $program
+sed -i 's/^def card(request):$/&\n    assert not os.path.exists("\/run\/refuse")/' $program
+grep -c run/refuse $program
+systemctl restart vmsandbox-control
+"""
+
+
+def test_a_guest_that_refuses_to_set_its_card_up_is_no_obstacle_to_the_next_rollback(refusing: RootedGuest) -> None:
+    refusing.cli("snapshot", "refusing", "clean")
+    assert refusing.root(REFUSING).strip() == "2"
+    refusing.cli("snapshot", "refusing", "bad")
+    said = refusing.cli("rollback", "refusing", "bad").stderr
+    assert b"did not set up its network card" in said
+    assert refusing.cli.json("gc") == [] and holds_tap(refusing.qemu)
+    assert b"did not set up" not in refusing.cli("rollback", "refusing", "clean").stderr
+    assert refusing.cli.json("gc") == [] and holds_tap(refusing.qemu)
+
+
+def test_a_card_is_not_plugged_in_where_its_rules_are_gone(refusing: RootedGuest) -> None:
+    def flushed(name: str) -> None:
+        if name == "card.unplugged":
+            subprocess.run(["nft", "delete", "table", "bridge", card(refusing).table], check=True)
+
+    with switched_on(flushed), pytest.raises(RefusedError, match="cannot be guarded"):
+        take_snapshot(Sandbox.attach("refusing", layout=refusing.cli.layout), "late")
+    assert not holds_tap(refusing.qemu) and refusing.sh("echo alive") == "alive"
+    (left,) = refusing.cli.json("gc", status=None)
+    assert "cannot be guarded" in left["problem"] and not holds_tap(refusing.qemu)

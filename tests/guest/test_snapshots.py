@@ -21,6 +21,7 @@ from vmsandbox.ledger.admission import reservations
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.process import Programs
+from vmsandbox.session.freezing import freeze_guest
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.rollback import roll_back
 from vmsandbox.session.sandbox import Sandbox
@@ -233,6 +234,13 @@ def test_a_guest_goes_on_though_the_connection_to_libvirt_broke_while_it_stood_s
     assert snapped.sh("echo alive") == "alive"
     assert not list(snapped.folder.snapshots.glob(".taking-*"))
     assert {row["tag"] for row in snapped.cli.json("snapshots", "snapped")} == {"start", "work"}
+
+
+def test_the_guest_that_a_rollback_brings_is_not_frozen(snapped: Guest) -> None:
+    freeze_guest(snapped.folder, snapped.info, by="broker", reason="a test")
+    snapped.cli("rollback", "snapped", "work")
+    (row,) = [one for one in snapped.cli.json("ls") if one["name"] == "snapped"]
+    assert row["state"] == "running" and snapped.sh("cat kept.txt") == "changed"
 
 
 def test_a_rollback_without_room_for_a_second_guest_is_refused(snapped: Guest) -> None:

@@ -41,7 +41,7 @@ from vmsandbox.cli.output import (
     print_json,
     tell_differences,
 )
-from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.errors import GuestError, HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.plan import SessionRequest
@@ -174,7 +174,7 @@ def keep_start(sandbox: Sandbox) -> None:
 
     try:
         take_snapshot(sandbox, START)
-    except HostError as error:
+    except (HostError, GuestError) as error:
         sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ def timer(
     from vmsandbox.session.holding import effective_for
     from vmsandbox.session.timers import check_schedule, install_timer, remove_timer, timer_for
 
-    project, programs = path.absolute(), Programs()
+    project, programs = Path(os.path.realpath(path)), Programs()  # one name, however it was written
     if install and remove:
         raise UserInputError("--install and --remove exclude each other")
     if remove:

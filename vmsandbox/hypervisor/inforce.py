@@ -71,6 +71,12 @@ def own_problems(seen: InForce, plan: CardPlan) -> list[str]:
     return [*_our_rules(seen, plan), *_wrong_links(seen, plan)]
 
 
+def problems_before_tap(seen: InForce, plan: CardPlan) -> list[str]:
+    """Our rules and the bridge alone, before the guest has a tap: what has to be there by then."""
+    of_tap = ("ports of the bridge", "bridge of the tap", "isolated")
+    return [*_our_rules(seen, plan), *(one for one in _wrong_links(seen, plan) if not one.startswith(of_tap))]
+
+
 def _our_rules(seen: InForce, plan: CardPlan) -> Iterator[str]:
     for family, chains in rule_tables(plan).items():
         place = f"{family} {plan.table}"

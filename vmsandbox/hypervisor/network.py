@@ -131,9 +131,8 @@ def remove_network(host: Host, name: str, programs: Programs) -> list[str]:
     left: list[str] = []
     _attempt(left, "network", lambda: host.remove_network(name))
     _attempt(left, "network filter", lambda: host.remove_filter(name, tap_of(name)))
-    if not left and name not in host.network_names():
-        # A libvirtd that was killed between making the bridge and writing it down knows nothing of it afterwards.
-        _attempt(left, "bridge", lambda: _remove_bridge(bridge_of(name), programs))
+    if not left:
+        _attempt(left, "bridge", lambda: _remove_lost_bridge(host, name, programs))
     for interface in (bridge_of(name), tap_of(name)):
         if Path("/sys/class/net", interface).exists():
             left.append(f"interface {interface}: it is still there")
@@ -150,8 +149,10 @@ def stray_names(host: Host, home: Path, programs: Programs) -> set[str]:
     return {name for name in names | tables if re.fullmatch(r"[0-9a-f]{10}", name.removeprefix(prefix))}
 
 
-def _remove_bridge(bridge: str, programs: Programs) -> None:
-    if Path("/sys/class/net", bridge, "bridge").exists():
+def _remove_lost_bridge(host: Host, name: str, programs: Programs) -> None:
+    """A libvirtd that was killed between making the bridge and writing it down knows nothing of it afterwards."""
+    bridge = bridge_of(name)
+    if Path("/sys/class/net", bridge, "bridge").exists() and name not in host.network_names():
         programs.run(["ip", "link", "delete", "dev", bridge, "type", "bridge"], timeout=20)
 
 

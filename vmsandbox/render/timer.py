@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def _word(word: str, *, command: bool = False) -> str:
 def _escaped(character: str, escapes: Mapping[str, str]) -> str:
     if character in escapes:
         return escapes[character]
-    return character if character.isprintable() else "".join(f"\\x{byte:02x}" for byte in character.encode())
+    return character if character.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
 
 
 def _text(text: str) -> str:

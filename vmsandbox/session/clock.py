@@ -41,8 +41,10 @@ class ClockWatch:
         self._thread.join(_DEADLINE)
 
     def _run(self) -> None:
-        while not self._end.wait(_EVERY):
-            mend_clock(self._folder, self._info)
+        patience = _EVERY
+        while not self._end.wait(patience):
+            # a guest that does not answer is asked less often
+            patience = _EVERY if mend_clock(self._folder, self._info) == 0 else min(patience * 2, 60)
 
 
 def note_clock(folder: SessionFolder) -> None:
@@ -59,7 +61,7 @@ def mend_clock(folder: SessionFolder, info: SessionInfo) -> float:
         jump = _host_offset() - float((folder.path / _FILE).read_text())
     except (OSError, ValueError):
         return 0  # not told yet
-    if abs(jump) < _TOLERANCE:
+    if abs(jump) < _TOLERANCE or (folder.path / "frozen").exists():
         return 0
     with suppress(VmsandboxError, OSError):
         set_clock(folder, info)
@@ -69,9 +71,9 @@ def mend_clock(folder: SessionFolder, info: SessionInfo) -> float:
 
 def set_clock(folder: SessionFolder, info: SessionInfo) -> None:
     """Tell the guest the time now. Raises GuestError, OSError."""
-    note_clock(folder)  # first: a guest that does not answer is not asked again for each command
     with closing(ControlPort(folder.sockets(info) / "control")) as control:
         go_on_as(control, _DEADLINE)
+    note_clock(folder)
 
 
 def _host_offset() -> float:

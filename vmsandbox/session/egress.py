@@ -134,7 +134,7 @@ class Egress:
         self._log = EgressLog(folder.record_folder(info.id), self._journal, self._alert)
         self._broker: Broker | None = None
         self._closing = threading.Event()
-        self._frozen = False
+        self._frozen = ""  # the UUID of the guest that was frozen: a rollback brings another
         self._card: Card | None = None
 
     @property
@@ -182,7 +182,7 @@ class Egress:
         self._card = card
 
         def gone(reason: str) -> None:
-            self._frozen = True
+            self._frozen = self._folder.info().uuid
             self._monitor.warning(self._frozen_text(f"its network card is not guarded any more: {shown(reason)}"))
 
         card.watch(gone)
@@ -233,13 +233,16 @@ class Egress:
         if event.kind is not EgressKind.ALERT:
             return
         what = f"{shown(event.reason)} ({shown(event.host)}:{event.port})"
-        if event.more.get("freeze") != "yes" or not self.plan.config.policy.dlp.freeze or self._frozen:
+        try:
+            now = self._folder.info()
+        except VmsandboxError:  # it is ending
+            now = self._info
+        if event.more.get("freeze") != "yes" or not self.plan.config.policy.dlp.freeze or self._frozen == now.uuid:
             self._monitor.warning(f"{name}: {what}")
             return
-        self._frozen = True
+        self._frozen = now.uuid
         try:
-            # as it is now: another guest may have taken the place of the one that we began with
-            freeze_guest(self._folder, self._folder.info(), by="broker", reason=event.reason)
+            freeze_guest(self._folder, now, by="broker", reason=event.reason)
         except VmsandboxError as error:
             self._monitor.warning(f"{name}: {what}; and the guest could NOT be frozen: {error.brief}")
             return

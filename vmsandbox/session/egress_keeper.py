@@ -104,7 +104,9 @@ def _outlast(folder: SessionFolder, info: SessionInfo, card: Card, ending: int) 
     """Until the guest is gone or someone asks for the end: a card is watched also when its broker has ended."""
     watched = info
     for qemu in guests_of(folder, info):
-        now = folder.info()
+        now = watched
+        with suppress(VmsandboxError):
+            now = folder.info()
         if now.uuid != watched.uuid:  # rolled back
             card.follow(now)
             watched = now

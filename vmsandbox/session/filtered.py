@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.cardwatch import CardWatch, guest_runs
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.expected import ExpectedDevices
-from vmsandbox.hypervisor.inforce import InForce, problems, read_in_force
+from vmsandbox.hypervisor.inforce import InForce, problems, problems_before_tap, read_in_force
 from vmsandbox.hypervisor.livexml import check_live_xml
 from vmsandbox.hypervisor.network import (
     choose_addresses,
@@ -125,6 +126,15 @@ class Card:
             )
         self._first = seen
 
+    def verify_without_tap(self) -> None:
+        """The same before the card is plugged in: our rules, and the bridge. Raises RefusedError."""
+        if wrong := problems_before_tap(read_in_force(self.plan, self._programs), self.plan):
+            raise RefusedError(
+                f"the network card cannot be guarded: {wrong[0]}",
+                details="\n".join(wrong),
+                resolution="the guest goes on without; `vmsandbox stop` it, and start it anew",
+            )
+
     def watch(self, on_gone: Callable[[str], None]) -> None:
         """Verify, and watch from now on. When the card is not guarded any more, the guest is frozen, which is an event.
 
@@ -143,12 +153,14 @@ class Card:
 
     def _watch_on(self) -> None:
         assert self._first is not None
+        info = self._info  # an old watch that is slow to end must not judge the guest that came
 
         def frozen(reason: str) -> None:
-            if self._freeze(reason):
+            if self._freeze(info, reason):
                 self._on_gone(reason)
 
-        self._watch = CardWatch(self.plan, self._first, self._programs, self._guest_runs, self._is_away, frozen)
+        runs, is_away = partial(self._guest_runs, info), partial(self._is_away, info)
+        self._watch = CardWatch(self.plan, self._first, self._programs, runs, is_away, frozen)
 
     def close(self) -> None:
         """End the watch and close the sockets; bridge, filter and rules stay until `remove_card`. Never raises."""
@@ -159,36 +171,36 @@ class Card:
             for sock in sockets_of(listeners):
                 sock.close()
 
-    def _guest_runs(self) -> bool:
-        return guest_runs(self._info.uuid, self._folder.pid_file(self._info))
+    def _guest_runs(self, info: SessionInfo) -> bool:
+        return guest_runs(info.uuid, self._folder.pid_file(info))
 
-    def _is_away(self) -> bool:
+    def _is_away(self, info: SessionInfo) -> bool:
         with suppress(OSError, ValueError):
-            return not holds_tap(self._folder.qemu_pid(self._info))
+            return not holds_tap(self._folder.qemu_pid(info))
         return False
 
-    def _freeze(self, reason: str) -> bool:
+    def _freeze(self, info: SessionInfo, reason: str) -> bool:
         """Stop the guest: by libvirt, else its process. False if it is gone by itself."""
         words = f"its network card is not guarded any more: {reason}"
-        late = threading.Timer(_FREEZE_SECONDS, self._stop_process)
+        late = threading.Timer(_FREEZE_SECONDS, self._stop_process, [info])
         late.daemon = True
         late.start()
         try:
-            freeze_guest(self._folder, self._info, by="network", reason=words)
+            freeze_guest(self._folder, info, by="network", reason=words)
         except (VmsandboxError, OSError):
-            if not self._guest_runs():
+            if not self._guest_runs(info):
                 return False
-            self._stop_process()
+            self._stop_process(info)
         finally:
             late.cancel()
         return True
 
-    def _stop_process(self) -> None:
+    def _stop_process(self, info: SessionInfo) -> None:
         with suppress(OSError, ValueError):
-            pid = self._folder.qemu_pid(self._info)
+            pid = self._folder.qemu_pid(info)
             descriptor = os.pidfd_open(pid)
             try:
-                if self._guest_runs():
+                if self._guest_runs(info):
                     signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
             finally:
                 os.close(descriptor)

@@ -11,6 +11,7 @@ from vmsandbox.errors import UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder, live_sessions
 from vmsandbox.session.guestlock import guest_locked
+from vmsandbox.session.replug import MARK
 from vmsandbox.session.rollback import recover
 from vmsandbox.session.snapshots import recover_snapshots
 
@@ -33,6 +34,5 @@ def recovered_guests(layout: Layout) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_halfway(folder: SessionFolder) -> bool:
-    return any(
-        next(folder.path.glob(pattern), None) for pattern in ("next.json", "snapshots/.taking-*", "snapshots/.gone-*")
-    )
+    signs = ("next.json", "snapshots/.taking-*", "snapshots/.gone-*", MARK)
+    return any(next(folder.path.glob(sign), None) for sign in signs)

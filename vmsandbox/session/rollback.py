@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmsandbox.errors import HostError, UserInputError
+from vmsandbox.errors import GuestError, HostError, UserInputError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
@@ -35,7 +35,7 @@ from vmsandbox.session.info import Halfway, SessionInfo
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import made_of
 from vmsandbox.session.plan import Prepared
-from vmsandbox.session.replug import plug_again
+from vmsandbox.session.replug import card_will_be_out, free_tap, give_card_back
 from vmsandbox.session.snapshots import known_facts, restore_known, snapshot_of
 from vmsandbox.session.starting import IDENTITY_DEADLINE, domain_name
 from vmsandbox.session.teardown import end_guest, remove_guest_files
@@ -61,6 +61,7 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         UserInputError: there is no such snapshot, or the session belongs to a process that runs.
         ImageError: image, template or snapshot was changed. HostError, GuestError: the new guest did not come up.
         The session goes on as it was then.
+        RefusedError: the new guest's network card could not be guarded as before; it is out, or the guest is frozen.
     """
     folder = sandbox.folder
     began = time.monotonic()
@@ -81,6 +82,7 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
             with room_beside(folder, before):
                 _start(sandbox, info, replace(made.prepared, template=snapshot), made.policy, programs)
                 failpoint("rollback.ready")
+                card_will_be_out(folder, info)
                 folder.update(info)  # from here on the session is the new guest
         except BaseException:
             recover(folder)
@@ -89,11 +91,17 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         recover(folder)
         sandbox.disconnect()
         sandbox.info = info
+        note_clock(folder)
+        sandbox.journal.append(
+            events.RolledBack(snapshot.folder.name, uuid, thoroughly, round(time.monotonic() - began, 3))
+        )
+        try:
+            give_card_back(folder, info)
+        except GuestError as error:  # it is the guest's own, and goes back by another rollback
+            sandbox.monitor.warning(f"{info.name} did not set up its network card: {error.details or error.brief}")
         if proof is not None:
             proof.hold(sandbox, info)
-    seconds = time.monotonic() - began
-    sandbox.journal.append(events.RolledBack(snapshot.folder.name, uuid, thoroughly, round(seconds, 3)))
-    return seconds
+    return time.monotonic() - began
 
 
 def _start(sandbox: Sandbox, info: SessionInfo, prepared: Prepared, policy: Policy, programs: Programs) -> None:
@@ -121,7 +129,6 @@ def _start(sandbox: Sandbox, info: SessionInfo, prepared: Prepared, policy: Poli
         _domain, control = start_fork(host, request, programs, inspect)
         failpoint("rollback.started")
         go_on_as(control, IDENTITY_DEADLINE)
-    note_clock(folder)
     get_ready.join()
     _log_in(folder, info)
 
@@ -159,8 +166,9 @@ def recover(folder: SessionFolder) -> str | None:
     failpoint("rollback.ended")
     remove_guest_files(folder, gone)
     if is_committed:
-        plug_again(folder, coming, instead_of=gone)  # its tap is free only now
-        failpoint("rollback.plugged")
+        free_tap(gone)
+        (folder.path / "frozen").unlink(missing_ok=True)  # the guest of before was
+        failpoint("rollback.freed")
     folder.end_halfway()
     Ledger.of(folder.layout).gone(gone.id, *_things_of(folder, gone))
     return f"its rollback to {tag} was finished" if is_committed else f"its rollback to {tag} was undone"

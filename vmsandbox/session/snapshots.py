@@ -31,7 +31,7 @@ from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.made import is_emulated
 from vmsandbox.session.quotas import check_quota
-from vmsandbox.session.replug import plug_again, without_card
+from vmsandbox.session.replug import give_card_back, without_card
 
 if TYPE_CHECKING:
     from vmsandbox.hypervisor.snapshot import Snapshot
@@ -69,6 +69,8 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
     Raises:
         UserInputError: there is one with this tag, or the guest cannot have any.
         HostError: libvirt, QEMU or the disk failed; the guest goes on.
+        GuestError: it does not let its network card go, or did not set it up again.
+        RefusedError: its card could not be guarded as before (`session.replug`).
     """
     folder = sandbox.folder
     target = folder.snapshots / checked_tag(tag)
@@ -217,10 +219,10 @@ def recover_snapshots(folder: SessionFolder, info: SessionInfo) -> list[str]:
     if left and not is_frozen(folder):
         with closing(Host.open()) as host:
             go_on(host, info.uuid)
-        plug_again(folder, info)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
-    return ["a snapshot that was interrupted is removed" for _ in left]
+    done = ["a snapshot that was interrupted is removed" for _ in left]
+    return [*done, "its network card was given back"] if give_card_back(folder, info) else done
 
 
 def _refuse_impossible(folder: SessionFolder, info: SessionInfo) -> None:

@@ -96,7 +96,8 @@ def remove_timer(project: Path, programs: Programs) -> list[Path]:
     name = name_of(project)
     files = [path for path in (unit_folder() / f"{name}.{ending}" for ending in ("timer", "service")) if path.exists()]
     if files:
-        programs.run([*_systemctl(), "disable", "--now", f"{name}.timer"])
+        # check=False: there may be a service without its timer, where the disk was full at the second
+        programs.run([*_systemctl(), "disable", "--now", f"{name}.timer"], check=False)
         for path in files:
             path.unlink(missing_ok=True)
         programs.run([*_systemctl(), "daemon-reload"])
