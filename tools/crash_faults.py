@@ -214,6 +214,9 @@ def _fault(home: Home, fault: str, process: subprocess.Popen[bytes]) -> Iterator
         home.end_libvirtd()
         shutil.rmtree(home.layout.run, ignore_errors=True)
         shutil.rmtree("/run/libvirt/qemu", ignore_errors=True)
+        # libvirt forgets whom these belong to when the host has booted anew, which it has not here
+        for path in Path("/var/lib/libvirt/qemu").glob("domain-*"):
+            shutil.rmtree(path, ignore_errors=True)
         yield
         home.start_libvirtd()
     else:

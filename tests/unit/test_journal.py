@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,27 @@ def test_a_guests_words_do_not_fill_the_disk(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_that_says_so() -> None:
     with pytest.raises(JournalError, match="cannot be written"):
         Journal(Path("/proc/version/events.jsonl")).append(events.CommandEnded(0, 0))
+
+
+HALF = """
+import resource, signal, sys
+from pathlib import Path
+from vmsandbox.errors import JournalError
+from vmsandbox.journal import events
+from vmsandbox.journal.chain import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY))
+try:
+    Journal(path).append(events.SessionClosed("no room", []))
+except JournalError as error:
+    print(error.details)
+"""
+
+
+def test_a_record_that_had_room_for_a_part_only_is_taken_back(path: Path) -> None:
+    before = path.read_bytes()
+    done = subprocess.run([sys.executable, "-c", HALF, path], capture_output=True, text=True, check=True)
+    assert "a part of the record" in done.stdout and path.read_bytes() == before
+    Journal(path).append(events.SessionClosed("there is room again", []))
+    assert len(list(verified_records(path))) == before.count(b"\n") + 1

@@ -54,9 +54,11 @@ class Journal:
             }
             record["hash"] = record_hash(record)
             line = _canonical(record) + b"\n"
+            size = os.fstat(file.fileno()).st_size
             try:
                 if os.write(file.fileno(), line) != len(line):
-                    raise OSError("only a part of the record was written")
+                    os.ftruncate(file.fileno(), size)  # else nothing could ever be appended again
+                    raise OSError("there was room for a part of the record only")
             except OSError as error:
                 raise JournalError(
                     f"the journal cannot be written: {self.path}",
