@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Cli, kinds_of, leftovers, wait_for
+from harness import Cli, kinds_of, leftovers, make_tree, wait_for
 from netted import BALLOONED, fetch, keeper_of, named
 from rooted import RootedGuest, with_root
 from upstream import Upstream
@@ -47,8 +47,15 @@ with socket.create_connection((host, int(port)), timeout=60) as sock:
 
 
 @pytest.fixture(scope="module")
-def carded(netcli: Cli, netted_project: Path) -> Iterator[RootedGuest]:
-    netcli("start", *named(netted_project), "--net", "filtered", "--name", "carded")
+def carded_project(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its guests have the shape that the other tests of cards make a template of."""
+    policy = upstream.policy() + "  resources: {memory: 512M, memory_reserved: 320M}\n"
+    return make_tree(tmp_path_factory.mktemp("projects") / "carded", {".claude/sandbox.yaml": policy})
+
+
+@pytest.fixture(scope="module")
+def carded(netcli: Cli, carded_project: Path) -> Iterator[RootedGuest]:
+    netcli("start", *named(carded_project), "--net", "filtered", "--name", "carded")
     guest = RootedGuest(netcli, "carded")
     yield guest
     guest.stop()
@@ -102,9 +109,9 @@ def test_a_rolled_back_guest_has_the_card_and_all_is_as_it_was(carded: RootedGue
 
 
 def test_sessions_that_begin_as_its_snapshot_have_cards_of_their_own(
-    carded: RootedGuest, upstream: Upstream, netted_project: Path
+    carded: RootedGuest, upstream: Upstream, carded_project: Path
 ) -> None:
-    policy = netted_project / ".claude/sandbox.yaml"
+    policy = carded_project / ".claude/sandbox.yaml"
     others = [RootedGuest(carded.cli, name) for name in ("carded-1", "carded-2")]
     try:
         for guest in others:
@@ -123,10 +130,8 @@ def test_sessions_that_begin_as_its_snapshot_have_cards_of_their_own(
     ("words", "place"),
     [
         (("snapshot", "carded", "killed"), "card.unplugged"),
-        (("snapshot", "carded", "killed"), "snapshot.memory"),
         (("snapshot", "carded", "killed"), "card.returning"),
         (("snapshot", "carded", "killed"), "card.plugged"),
-        (("rollback", "carded"), "rollback.ready"),
         (("rollback", "carded"), "rollback.ended"),
         (("rollback", "carded"), "rollback.freed"),
         (("rollback", "carded"), "card.returning"),
