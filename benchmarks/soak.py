@@ -177,7 +177,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/var/tmp") as temporary:
         folder = Path(temporary)
         folder.chmod(0o711)
-        home = crash_matrix.Home(arguments.home.absolute(), False, folder / "log")
+        home = crash_matrix.Home(arguments.home.absolute(), folder / "log")
         soak = Soak(home, arguments.seed, folder, arguments.fault_share)
         result = soak.run(arguments.rounds, arguments.at_once, arguments.waves)
     grown = result.grown()

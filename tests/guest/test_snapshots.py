@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import Cli, Guest, ended, kinds_of, leftovers, make_tree, wait_for
+from harness import Cli, Guest, ended, make_tree, nothing_more, wait_for
 
 from vmsandbox.errors import HostError
 from vmsandbox.failpoints import switched_on
@@ -48,10 +48,8 @@ def snapped(cli: Cli, project: Path) -> Iterator[Guest]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(cli: Cli) -> Iterator[None]:
-    """As for all tests, but that a session which was rolled back has another guest: one, and no more."""
-    before = kinds_of(leftovers(cli.home))
-    yield
-    wait_for(lambda: kinds_of(leftovers(cli.home)) <= before, timeout=20, every=0.3)
+    with nothing_more(cli.home):
+        yield
 
 
 def changes_of(guest: Guest) -> tuple[list[str], list[str], list[str]]:

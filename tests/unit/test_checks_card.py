@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.process import Finished, Programs
 from vmsandbox.session.checks import Examined, Status
 from vmsandbox.session.checks.card import check_card
+from vmsandbox.session.filtered import open_card
 
 SYSTEM = "qemu:///system"
 
@@ -58,12 +60,17 @@ def test_a_host_with_all_of_it(root: Path) -> None:
     assert ["unshare", "-n", "nft", "-j", "-f", "-"] in programs.ran, "the rules are loaded, and not here"
 
 
-def test_without_dnsmasq_there_is_no_card(root: Path) -> None:
+def test_without_dnsmasq_there_is_no_card(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_card(examined(root, Told(missing=["dnsmasq"]))).packages == ("dnsmasq-base",)
     with pytest.raises(RefusedError, match="libvirtd crashes") as refused:
         refuse_without_dnsmasq(Told(missing=["dnsmasq"]))
     assert "dnsmasq-base" in refused.value.resolution
     refuse_without_dnsmasq(Told())
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    host: Any = SimpleNamespace(uri=SYSTEM)
+    nothing: Any = None
+    with pytest.raises(RefusedError, match="libvirtd crashes"):
+        open_card(nothing, nothing, Told(missing=["dnsmasq"]), host)
 
 
 def test_others_than_root_are_told_that_it_is_not_for_them(root: Path) -> None:

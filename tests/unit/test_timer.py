@@ -53,8 +53,23 @@ def test_what_is_repeated_is_a_session_with_the_policys_schedule(
     words = f"{sys.executable} -m vmsandbox session {project} --accept safe --json -- make check"
     assert f"ExecStart={words}\n" in service and f"Environment=VMSANDBOX_HOME={project / 'home'}\n" in service
     assert f"OnCalendar={SCHEDULE}\n" in timer
+    link = project.with_name("link")
+    link.symlink_to(project)
+    run("policy", "timer", str(link), "--accept", "safe", "--json", "--", "make", "check")
+    assert json.loads(capsys.readouterr().out) == told, "one timer, however the project is written"
     run("policy", "check", str(project / ".claude/sandbox.yaml"))
     assert "policy timer --install" in capsys.readouterr().out
+
+
+def test_a_file_of_the_projects_is_not_taken_for_a_ready_made_policy(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "offline").write_text((project / ".claude/sandbox.yaml").read_text())
+    monkeypatch.chdir(project)
+    assert app._run(["policy", "timer", "--policy", "offline", "--", "true"]) == 125
+    assert "no session.schedule" in capsys.readouterr().err
+    run("policy", "timer", "--policy", str(project / "offline"), "--", "true")
+    assert f"--policy {project}/offline" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -99,8 +114,10 @@ class Systemctl(Programs):
     def find(self, name: str) -> None:
         return None
 
-    def run(self, argv: list[str], **_: object) -> None:  # type: ignore[override]
+    def run(self, argv: list[str], check: bool = True, **_: object) -> None:  # type: ignore[override]
         self.ran.append(list(argv))
+        if check and "disable" in argv:
+            raise HostError("no such unit")
 
 
 def test_install_and_remove(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ def timer(
 
     vmsandbox policy timer [PATH] [OPTIONS] -- COMMAND …
     """
+    from vmsandbox.policy.packaged import packaged_policy
     from vmsandbox.render.timer import render_units
     from vmsandbox.session.holding import effective_for
     from vmsandbox.session.timers import check_schedule, install_timer, remove_timer, timer_for
@@ -39,7 +40,9 @@ def timer(
         files = remove_timer(project, programs)
         _tell("removed", {str(file): "" for file in files}, json)
         return 0
-    named = policy.absolute() if policy is not None and policy.exists() else policy
+    named = policy
+    if policy is not None and packaged_policy(policy) == policy:  # a file, which the timer finds from elsewhere too
+        named = policy.absolute()
     schedule = effective_for(project, named).policy.session.schedule
     plan = timer_for(
         project, schedule, guest_command() or (), policy=str(named) if named else None, accept=accept,

@@ -89,6 +89,7 @@ def give_card_back(folder: SessionFolder, info: SessionInfo) -> bool:
         if _has_card(folder, info):  # nobody knows what it can reach
             with suppress(VmsandboxError):
                 freeze_guest(folder, info, by=BY_NETWORK, reason=error.brief)
+        error.resolution = error.resolution or "`vmsandbox gc` tries to give the card back again"
         raise
     failpoint("card.plugged")
     mark.unlink(missing_ok=True)

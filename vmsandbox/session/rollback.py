@@ -61,7 +61,8 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         UserInputError: there is no such snapshot, or the session belongs to a process that runs.
         ImageError: image, template or snapshot was changed. HostError, GuestError: the new guest did not come up.
         The session goes on as it was then.
-        RefusedError: the new guest's network card could not be guarded as before; it is out, or the guest is frozen.
+        HostError, RefusedError: after that, the new guest's network card could not be plugged in, or not guarded as
+        before: it is out, which `gc` mends, or the guest is frozen. The rollback itself is done then.
     """
     folder = sandbox.folder
     began = time.monotonic()

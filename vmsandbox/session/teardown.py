@@ -108,7 +108,11 @@ def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
     # A libvirtd that was killed while it started the guest, or whose /run was lost, knows nothing of it.
     for process in processes_of(info.uuid):
         if not process.end(None):
-            raise HostError("the guest's process does not end", details=f"process {process.pid}, UUID {info.uuid}")
+            raise HostError(
+                "the guest's process does not end",
+                details=f"process {process.pid}, UUID {info.uuid}",
+                resolution="`vmsandbox gc` tries again",
+            )
 
 
 def remove_damaged(layout: Layout, name: str) -> list[str]:

@@ -21,7 +21,7 @@ from vmsandbox.spec import Accept
 
 _RUNNING = Path("/run/systemd/system")
 _PASSED_ON = ("VMSANDBOX_HOME", "VMSANDBOX_LIBVIRT_URI", "VMSANDBOX_QUOTA", "VMSANDBOX_DEBIAN_MIRROR", "XDG_DATA_HOME",
-              "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "LIBVIRT_DEFAULT_URI")  # fmt: skip
+              "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME")  # fmt: skip
 
 
 def timer_for(
@@ -81,7 +81,9 @@ def install_timer(plan: TimerPlan, programs: Programs) -> list[Path]:
             (folder / name).write_text(text)
             files.append(folder / name)
     except OSError as error:
-        raise HostError("the units cannot be written", details=str(error)) from error
+        raise HostError(
+            "the units cannot be written", details=str(error), resolution="make room or a way; then --install again"
+        ) from error
     programs.run([*_systemctl(), "daemon-reload"])
     programs.run([*_systemctl(), "enable", "--now", f"{plan.name}.timer"])
     return files
