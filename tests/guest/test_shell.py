@@ -84,8 +84,10 @@ def test_a_shell_is_a_real_terminal(terminal: Terminal, guest: Guest) -> None:
     terminal.type("tty; stty size; pwd; echo $TERM\r")
     terminal.expect(r"/dev/pts/\d+\r\n30 100\r\n/home/claude-worker/projects/demo\r\nxterm-256color")
 
-    terminal.resize(50, 133)
-    os.killpg(terminal.process.pid, signal.SIGWINCH)
+    for columns in range(34, 134):  # as when a window is dragged: one change while another is being told
+        terminal.resize(50, columns)
+        os.killpg(terminal.process.pid, signal.SIGWINCH)
+        terminal.read(0)
     time.sleep(0.5)
     terminal.type("stty size\r")
     terminal.expect(r"50 133")

@@ -12,8 +12,8 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -49,33 +49,54 @@ def run_terminal(
     plain = write_all(stdout)
     before = termios.tcgetattr(stdin)
 
-    def resized(_signal: int, _frame: FrameType | None) -> None:
-        _term, columns, rows = terminal_size()
-        with suppress(OSError, EOFError):
-            channel.resize_pty(columns, rows)
-
-    old_handler = signal.signal(signal.SIGWINCH, resized)
-    try:
-        tty.setraw(stdin)
-        _pump(channel, stdin, shown(plain) if shown else plain, typed, attention)
-    finally:
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGWINCH, old_handler)
-        with suppress(OSError):
-            os.write(stdout, _RESTORE)
+    with _size_changes() as resized:
+        try:
+            tty.setraw(stdin)
+            _pump(channel, stdin, resized, shown(plain) if shown else plain, typed, attention)
+        finally:
+            termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+            with suppress(OSError):
+                os.write(stdout, _RESTORE)
     status: int = channel.recv_exit_status()
     if status < 0:  # none came
         raise GuestError("the connection to the guest broke", resolution="`vmsandbox ls` shows whether it runs")
     return status
 
 
-def _pump(channel: Any, stdin: int, write: Sink, seen: Callable[[], None] | None, attention: Attention | None) -> None:
-    sources: list[Any] = [channel, stdin]
+@contextmanager
+def _size_changes() -> Iterator[int]:
+    """A descriptor that can be read from once the terminal's size has changed.
+
+    The handler itself sends nothing: it may interrupt this very thread while that holds a lock of the connection's,
+    as it does when a window is dragged, and would wait for it for ever.
+    """
+    changed, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def resized(_signal: int, _frame: FrameType | None) -> None:
+        with suppress(BlockingIOError):  # full: it is told of already
+            os.write(tell, b"\0")
+
+    old_handler = signal.signal(signal.SIGWINCH, resized)
+    try:
+        yield changed
+    finally:
+        signal.signal(signal.SIGWINCH, old_handler)
+        os.close(tell)
+        os.close(changed)
+
+
+def _pump(
+    channel: Any, stdin: int, resized: int, write: Sink, seen: Callable[[], None] | None, attention: Attention | None
+) -> None:
+    sources: list[Any] = [channel, stdin, resized]
     while True:
         ready, _, _ = select.select([*sources, *(attention.sources() if attention else ())], [], [], 0.5)
         if attention is not None and attention.attend():
             _redraw(channel)
             continue  # what was typed has been read, or dropped
+        if resized in ready:
+            os.read(resized, _PIECE)
+            _tell_size(channel)
         if channel in ready or channel.closed:
             data = channel.recv(_PIECE)
             if not data:
@@ -92,9 +113,13 @@ def _pump(channel: Any, stdin: int, write: Sink, seen: Callable[[], None] | None
                 channel.shutdown_write()
 
 
-def _redraw(channel: Any) -> None:
-    """Make a program that fills the screen paint it again: it was drawn over."""
+def _tell_size(channel: Any, fewer_rows: int = 0) -> None:
     _term, columns, rows = terminal_size()
     with suppress(OSError, EOFError):
-        channel.resize_pty(columns, max(rows - 1, 1))
-        channel.resize_pty(columns, rows)
+        channel.resize_pty(columns, max(rows - fewer_rows, 1))
+
+
+def _redraw(channel: Any) -> None:
+    """Make a program that fills the screen paint it again: it was drawn over."""
+    _tell_size(channel, fewer_rows=1)
+    _tell_size(channel)
