@@ -61,6 +61,10 @@ class Home:
             for interface in (bridge_of(name), tap_of(name)):
                 if Path("/sys/class/net", interface).exists():
                     found.add(f"taps: {interface}")
+        for group in Path("/sys/fs/cgroup").glob("*/machine/qemu-*-vmsandbox-cm*"):
+            with suppress(OSError):  # one in use is that of a guest, which is found, or of another matrix's
+                if not any(path.read_text() for path in group.rglob("cgroup.procs")):
+                    found.add(f"groups: {group.name}")
         prefix = name_prefix(self.layout.live)
         tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True)
         found |= {f"rules: {line}" for line in tables.stdout.splitlines() if table_of(prefix) in line}

@@ -229,7 +229,7 @@ def print_table(outcomes: list[Outcome]) -> None:
         found = [cells.get((scenario, step, fault)) for fault in faults]
         words = ["-" if one is None else f"{'ok' if one.good else 'FAIL'} {one.status}" for one in found]
         print(f"{scenario + ' ' + step:<{width}}  " + "  ".join(f"{word:<9}" for word in words).rstrip())
-    kinds = ("domains", "processes", "files", "sockets", "taps", "rules", "ledger")
+    kinds = ("domains", "processes", "files", "sockets", "groups", "taps", "rules", "ledger")
     total = Counter(dict.fromkeys(kinds, 0))
     for one in outcomes:
         total.update(one.left)

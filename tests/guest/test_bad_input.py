@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,10 @@ def test_a_guest_that_never_comes_up_is_given_up(cli: Cli, monkeypatch: pytest.M
         Sandbox.open(request=SessionRequest(allow_emulation=True, memory_mib=304), layout=cli.layout)
     assert "within" in error.value.details or "did not answer" in error.value.details
     assert "--- the end of its console ---" in error.value.details
+
+
+def test_stop_ends_the_others_where_one_is_not_there(fork: Callable[..., Guest]) -> None:
+    guest = fork()
+    done = guest.cli("stop", "absent", guest.name, "gone", status=125)
+    assert b"'absent'" in done.stderr and b"'gone'" in done.stderr
+    assert not guest.folder.path.exists()

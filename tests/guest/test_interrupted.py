@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness import Cli, Guest, ended, leftovers, make_tree, wait_for
 
+from vmsandbox.hypervisor.lost import groups_of, remove_groups
 from vmsandbox.ledger.processes import processes_of
 from vmsandbox.session.folder import SessionFolder
 
@@ -158,15 +159,24 @@ def test_a_guest_that_libvirt_has_forgotten_is_ended_by_its_uuid(cli: Cli) -> No
     info = folder.info()
     words = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-uuid", info.uuid]
     guest = subprocess.Popen(words)
+    # As libvirt makes them without systemd; one that was started again forgets those of a guest that has ended.
+    hierarchy = next(path for name in ("unified", "freezer", "") if (path := Path("/sys/fs/cgroup", name)).is_dir())
+    group = hierarchy / "machine" / f"qemu-7-{info.domain}.libvirt-qemu"
     try:
+        (group / "vcpu0").mkdir(parents=True)
+        (group / "cgroup.procs").write_text(str(guest.pid))
+        remove_groups(info.uuid)
+        assert group.is_dir(), "a process runs in it"
         wait_for(lambda: len(processes_of(info.uuid)) >= 1)
         started.kill()
         started.communicate()
         cli("gc")
         wait_for(lambda: guest.poll() is not None, timeout=5)
+        assert groups_of(info.uuid) == []
     finally:
         guest.kill()
         guest.wait()
+        remove_groups(info.uuid)
 
 
 def test_a_guest_that_dies_under_a_command_is_an_error(fork: Callable[..., Guest]) -> None:

@@ -152,19 +152,26 @@ def stop(
     chosen = [folder.name for folder in live_sessions(layout)] if everything else names or []
     if not chosen and not everything:
         raise UserInputError("which session?", resolution="vmsandbox stop NAME, or --all; `vmsandbox ls` lists them")
-    problems = []
+    problems: list[str] = []
+    unknown: list[str] = []
     for one in chosen:
         try:
             sandbox = Sandbox.attach(one, layout=layout)
             left = sandbox.close("stopped")
             tell_differences(sandbox.differs)
+        except UserInputError as error:
+            unknown.append(error.brief)  # the others are stopped all the same
+            continue
         except HostError:
             left = remove_damaged(layout, one)
         problems += [f"{one}: {item}" for item in left]
+    if everything:
+        unknown = []  # it has ended by itself since it was listed
     if problems:
-        raise VmsandboxError(
-            "not everything could be removed", details="\n".join(problems), resolution="run `vmsandbox gc`"
-        )
+        details = "\n".join([*problems, *unknown])
+        raise VmsandboxError("not everything could be removed", details=details, resolution="run `vmsandbox gc`")
+    if unknown:
+        raise UserInputError("; ".join(unknown), resolution="`vmsandbox ls` shows those that run")
     return 0
 
 

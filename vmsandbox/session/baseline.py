@@ -22,6 +22,7 @@ from pathlib import Path
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
+from vmsandbox.hypervisor.lost import groups_of
 from vmsandbox.image.manifest import MANIFEST, SHORT
 from vmsandbox.ledger.processes import processes_of
 from vmsandbox.paths import Layout
@@ -163,6 +164,8 @@ def _template_files(folder: Path, level: str, verify: bool) -> tuple[dict[str, s
 def _own(layout: Layout, host: Host | None, info: SessionInfo) -> dict[str, str]:
     folder = SessionFolder(layout, info.name)
     found = {"process: QEMU": "there"} if processes_of(info.uuid) else {}
+    if groups_of(info.uuid) and "process: QEMU" not in found:
+        found["control groups"] = "there"
     sockets = folder.sockets(info)
     if sockets.is_dir():
         found["folder of sockets"] = "there"

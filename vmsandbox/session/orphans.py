@@ -17,9 +17,10 @@ from pathlib import Path
 from vmsandbox.apply.recovery import pending
 from vmsandbox.errors import HostError, VmsandboxError
 from vmsandbox.hypervisor.connection import Host
+from vmsandbox.hypervisor.lost import end_lost
 from vmsandbox.ledger.admission import QEMU
 from vmsandbox.ledger.book import Kind, Ledger, Row, things_of
-from vmsandbox.ledger.processes import Process, processes_of
+from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import IMAGE_NAME, SESSION_NAME, Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
@@ -185,11 +186,7 @@ class _Remover:
             raise HostError(f"the ledger's row is no UUID: {uuid!r}")
         known = self._host.destroy(uuid)
         # libvirt forgets guests when its own state is lost; QEMU's command line does not.
-        processes = processes_of(uuid)
-        left = [process for process in processes if not process.end(None)]
-        if left:
-            raise HostError(f"QEMU does not end: process {left[0].pid}")
-        return known or bool(processes)
+        return end_lost(uuid) or known
 
     def _network(self, name: str) -> bool:
         from vmsandbox.hypervisor.network import remove_network, stray_names

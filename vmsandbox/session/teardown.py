@@ -16,10 +16,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from vmsandbox.errors import HostError, VmsandboxError
+from vmsandbox.errors import VmsandboxError
 from vmsandbox.failpoints import failpoint
+from vmsandbox.hypervisor.lost import end_lost, remove_groups
 from vmsandbox.ledger.book import Ledger
-from vmsandbox.ledger.processes import Process, processes_of
+from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
@@ -97,6 +98,7 @@ def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
         HostError: neither way worked.
     """
     if _kill_process(folder, info):
+        remove_groups(info.uuid)  # libvirt does it, too, if it is there
         return
     from vmsandbox.hypervisor.connection import Host
 
@@ -106,13 +108,7 @@ def end_guest(folder: SessionFolder, info: SessionInfo) -> None:
     finally:
         host.close()
     # A libvirtd that was killed while it started the guest, or whose /run was lost, knows nothing of it.
-    for process in processes_of(info.uuid):
-        if not process.end(None):
-            raise HostError(
-                "the guest's process does not end",
-                details=f"process {process.pid}, UUID {info.uuid}",
-                resolution="`vmsandbox gc` tries again",
-            )
+    end_lost(info.uuid)
 
 
 def remove_damaged(layout: Layout, name: str) -> list[str]:
