@@ -6,9 +6,8 @@ one that only counts while the host is awake: nothing else changes that.
 
 from __future__ import annotations
 
-import threading
 import time
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.guest.control import ControlPort
@@ -16,6 +15,7 @@ from vmsandbox.journal import events
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.identity import go_on_as
 from vmsandbox.session.info import SessionInfo
+from vmsandbox.session.looking import looking
 
 _FILE = "clock"
 _TOLERANCE = 1.0  # seconds; what NTP corrects in small steps goes on unseen until it is that much
@@ -23,28 +23,17 @@ _DEADLINE = 5.0  # for the guest's answer
 _EVERY = 2.0  # seconds between two looks while a command runs
 
 
-class ClockWatch:
-    """Mends the clock while a command runs, which may be for hours: `with ClockWatch(folder, info): …`."""
+def clock_watch(folder: SessionFolder, info: SessionInfo) -> AbstractContextManager[None]:
+    """Mends the clock while a command runs, which may be for hours: `with clock_watch(folder, info): …`."""
+    patience = _EVERY
 
-    def __init__(self, folder: SessionFolder, info: SessionInfo) -> None:
-        self._folder = folder
-        self._info = info
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
+    def look() -> float:
+        nonlocal patience
+        # a guest that does not answer is asked less often
+        patience = _EVERY if mend_clock(folder, info) == 0 else min(patience * 2, 60)
+        return patience
 
-    def __enter__(self) -> ClockWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join(_DEADLINE)
-
-    def _run(self) -> None:
-        patience = _EVERY
-        while not self._end.wait(patience):
-            # a guest that does not answer is asked less often
-            patience = _EVERY if mend_clock(self._folder, self._info) == 0 else min(patience * 2, 60)
+    return looking("clock", look, first=_EVERY)
 
 
 def note_clock(folder: SessionFolder) -> None:

@@ -9,9 +9,8 @@ libvirt is asked only while there is next to no room, so that a look costs one s
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.hypervisor.connection import Host
@@ -19,50 +18,37 @@ from vmsandbox.journal import events
 from vmsandbox.session.clock import set_clock
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
+from vmsandbox.session.looking import looking
 
 NO_ROOM = 64 << 20  # bytes; QEMU's files grow by clusters
 ENOUGH_ROOM = 192 << 20
 _EVERY = 1.0  # seconds
 
 
-class DiskWatch:
-    """Watches while a command runs: `with DiskWatch(folder, info, say): …`. say: tells a person."""
+def disk_watch(folder: SessionFolder, info: SessionInfo, say: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Watches while a command runs: `with disk_watch(folder, info, say): …`. say: tells a person.
 
-    def __init__(self, folder: SessionFolder, info: SessionInfo, say: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._info = info
-        self._say = say
-        self._end = threading.Event()
-        self._paused = False
-        self._thread = threading.Thread(target=self._run, name="disk", daemon=True)
+    A pause is told of once; the guest goes on when there is room.
+    """
+    paused = False
 
-    def __enter__(self) -> DiskWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join(5)
-
-    def _run(self) -> None:
-        while not self._end.wait(_EVERY):
-            with suppress(VmsandboxError, OSError):
-                self.look()
-
-    def look(self) -> None:
-        """Tell of a pause once; let the guest go on when there is room."""
-        free = free_bytes(self._folder)
-        if not self._paused and free < NO_ROOM and _is_paused(self._info):
-            self._paused = True
-            self._folder.journal(self._info.id).append(events.GuestPaused("the host's disk is full", free))
-            self._say(
-                f"the host's disk is full: the guest {self._info.name} is paused, and goes on when there is room "
-                f"({ENOUGH_ROOM >> 20} MiB at {self._folder.path}); `vmsandbox gc` may make some"
+    def look() -> float:
+        nonlocal paused
+        free = free_bytes(folder)
+        if not paused and free < NO_ROOM and _is_paused(info):
+            paused = True
+            folder.journal(info.id).append(events.GuestPaused("the host's disk is full", free))
+            say(
+                f"the host's disk is full: the guest {info.name} is paused, and goes on when there is room "
+                f"({ENOUGH_ROOM >> 20} MiB at {folder.path}); `vmsandbox gc` may make some"
             )
-        elif self._paused and free >= ENOUGH_ROOM:
-            self._paused = False
-            if go_on(self._folder, self._info):
-                self._say(f"there is room again: the guest {self._info.name} goes on")
+        elif paused and free >= ENOUGH_ROOM:
+            paused = False
+            if go_on(folder, info):
+                say(f"there is room again: the guest {info.name} goes on")
+        return _EVERY
+
+    return looking("disk", look, first=_EVERY)
 
 
 def go_on(folder: SessionFolder, info: SessionInfo) -> bool:

@@ -81,13 +81,16 @@ def limited(sandbox: Sandbox) -> Iterator[Meter]:
     Raises:
         LimitReachedError: instead of the error that the session's end caused.
     """
-    from vmsandbox.session.clock import ClockWatch
-    from vmsandbox.session.disk_watch import DiskWatch
+    from vmsandbox.session.clock import clock_watch
+    from vmsandbox.session.disk_watch import disk_watch
 
     meter = Meter(sandbox)
     meter.note()
     try:
-        with DiskWatch(sandbox.folder, sandbox.info, sandbox.monitor.warning), ClockWatch(sandbox.folder, sandbox.info):
+        with (
+            disk_watch(sandbox.folder, sandbox.info, sandbox.monitor.warning),
+            clock_watch(sandbox.folder, sandbox.info),
+        ):
             yield meter
     except GuestError as error:
         if reached := ended_by_limit(sandbox.folder, sandbox.info):
