@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from harness import Cli, Guest, ended, leftovers, make_tree, wait_for
 
+from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.lost import groups_of, remove_groups
+from vmsandbox.hypervisor.making import in_the_making
+from vmsandbox.hypervisor.template import TemplateStore
 from vmsandbox.ledger.processes import processes_of
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.spec import Accelerator, GuestShape
 
 STAGES = {
     "template": b"making template",
@@ -197,3 +203,20 @@ def test_the_journal_of_what_was_killed_is_whole(cli: Cli, big: Path) -> None:
     cli("gc")
     events = [json.loads(line) for line in cli("logs", row["id"], "--json").stdout.splitlines()]
     assert events[0]["kind"] == "session.opened" and events[-1]["kind"] == "command.started"
+
+
+def test_what_of_a_template_in_the_making_cannot_be_removed_stays_written_down(without_templates: Cli) -> None:
+    store = TemplateStore(without_templates.layout)
+    with closing(Host.open()) as host:
+        with in_the_making(host, GuestShape(Accelerator.TCG), store) as (_uuid, _making, run, _user):
+            busy = run / "busy"
+            busy.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", busy], check=True)
+        try:
+            assert {row.identity for row in store.ledger.rows()} >= {run.name}
+        finally:
+            subprocess.run(["umount", busy], check=True)
+            shutil.rmtree(run)
+        with in_the_making(host, GuestShape(Accelerator.TCG), store) as (_uuid, _making, another, _user):
+            pass
+        assert another.name not in {row.identity for row in store.ledger.rows()}

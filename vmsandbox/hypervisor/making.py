@@ -21,7 +21,16 @@ from vmsandbox.hypervisor.console import ConsoleTail
 from vmsandbox.hypervisor.files import new_sparse
 from vmsandbox.hypervisor.freezing import freeze, publish
 from vmsandbox.hypervisor.launch import choose_user, create_overlay, disk_errors, give, own_folder
-from vmsandbox.hypervisor.template import DISK, INITRD, RAM, STATE, Template, TemplatePlan, TemplateStore
+from vmsandbox.hypervisor.template import (
+    DISK,
+    INITRD,
+    RAM,
+    STATE,
+    Template,
+    TemplatePlan,
+    TemplateStore,
+    making_lock,
+)
 from vmsandbox.ledger.book import Kind
 from vmsandbox.monitor import Monitor
 from vmsandbox.process import Programs
@@ -114,7 +123,8 @@ def in_the_making(
             ended = True
         shutil.rmtree(making, ignore_errors=True)
         shutil.rmtree(run, ignore_errors=True)
-        if ended:
+        # What could not be removed stays written down: so `gc` finds it.
+        if ended and not any(path.exists() for path in (making, run, making_lock(making))):
             store.ledger.gone(owner, *things)
 
 

@@ -198,13 +198,14 @@ class TemplateStore:
     @contextmanager
     def making(self, folder: Path) -> Iterator[None]:
         """Show that this process is making a template: `gc` leaves its folder and its guest alone."""
-        path = folder.with_name(folder.name + ".lock")
+        path = making_lock(folder)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             os.close(fd)
 
     @contextmanager
@@ -222,6 +223,11 @@ class TemplateStore:
             yield
         finally:
             os.close(fd)
+
+
+def making_lock(folder: Path) -> Path:
+    """What is locked as long as a template is made in this folder."""
+    return folder.with_name(folder.name + ".lock")
 
 
 def changed_file(

@@ -19,7 +19,7 @@ from pathlib import Path
 from vmsandbox.errors import HostError, VmsandboxError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.template import TemplateStore
+from vmsandbox.hypervisor.template import TemplateStore, making_lock
 from vmsandbox.image.store import ImageStore
 from vmsandbox.ledger.admission import drop_dead, someone_is_starting
 from vmsandbox.ledger.book import Ledger, LedgerError, Row
@@ -196,7 +196,7 @@ def _is_being_made(layout: Layout, session_id: str) -> bool:
 def _maker_is_alive(making: Path) -> bool:
     """The maker of a template holds a lock on `<folder>.lock` as long as it lives."""
     try:
-        fd = os.open(making.with_name(making.name + ".lock"), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(making_lock(making), os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return False
     try:
@@ -214,7 +214,7 @@ def _unfinished_templates(layout: Layout) -> Iterator[Removed]:
             continue
         shutil.rmtree(making, ignore_errors=True)
         shutil.rmtree(layout.run / f"t-{making.name.removeprefix('.making-')[:8]}", ignore_errors=True)
-        making.with_name(making.name + ".lock").unlink(missing_ok=True)
+        making_lock(making).unlink(missing_ok=True)
         yield Removed("template", making.name, "its making was interrupted")
 
 

@@ -18,6 +18,7 @@ from vmsandbox.apply.recovery import pending
 from vmsandbox.errors import HostError, VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.lost import end_lost
+from vmsandbox.hypervisor.template import making_lock
 from vmsandbox.ledger.admission import QEMU
 from vmsandbox.ledger.book import Kind, Ledger, Row, things_of
 from vmsandbox.ledger.processes import Process
@@ -211,8 +212,7 @@ class _Remover:
         return True
 
     def _template(self, name: str) -> bool:
-        path = _path(self._layout, Kind.TEMPLATE, name)
-        path.with_name(path.name + ".lock").unlink(missing_ok=True)
+        making_lock(_path(self._layout, Kind.TEMPLATE, name)).unlink(missing_ok=True)
         return self._folder(Kind.TEMPLATE, name)
 
     def _image(self, name: str) -> bool:
