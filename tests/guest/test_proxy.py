@@ -222,5 +222,6 @@ def fetch_quietly(guest: RootedGuest, url: str) -> str:
     try:
         done = guest.run("python3", "-c", FETCH, url, status=None)
     except GuestError as error:
-        return error.brief  # its own sshd was one of those that went
+        guest.hang_up()  # its own sshd was one of those that went
+        return error.brief
     return done.stdout.decode().partition(" ")[0]
