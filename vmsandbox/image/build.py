@@ -47,7 +47,6 @@ from vmsandbox.process import Programs
 _SPACE_NEEDED = 3 << 30  # bytes: unpacked root, its packages, the file system made of it
 _FORGET_PACKAGES_AFTER = 60 * 86400  # seconds
 _BIG_TEMPORARY = "/var/tmp"  # noqa: S108 (mkdtemp makes a private folder in it)
-_NEXT = ".next"  # the symlink that becomes `current`
 
 
 def build_image(recipe: Recipe, layout: Layout, programs: Programs, monitor: Monitor) -> Image:
@@ -224,8 +223,8 @@ def _publish(building: Path, facts: ImageFacts, store: ImageStore) -> None:
             target.rename(Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent)) / "damaged")
         building.rename(target)
         failpoint("build.renamed")
-    link = parent / _NEXT
-    link.unlink(missing_ok=True)
+    # In a folder that `gc` knows, should it stay there. What it names is found from where it goes to.
+    link = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent)) / CURRENT
     link.symlink_to(target.name)
     failpoint("build.linked")
     link.replace(parent / CURRENT)
