@@ -223,11 +223,12 @@ def _publish(building: Path, facts: ImageFacts, store: ImageStore) -> None:
             target.rename(Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent)) / "damaged")
         building.rename(target)
         failpoint("build.renamed")
-    # In a folder that `gc` knows, should it stay there. What it names is found from where it goes to.
-    link = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent)) / CURRENT
-    link.symlink_to(target.name)
-    failpoint("build.linked")
-    link.replace(parent / CURRENT)
+    # Made in a folder that `gc` knows, should we be killed. What it names is found from where it goes to.
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=parent) as folder:
+        link = Path(folder) / CURRENT
+        link.symlink_to(target.name)
+        failpoint("build.linked")
+        link.replace(parent / CURRENT)
     failpoint("build.published")
     _to_disk(parent)
     store.prune_building_of(facts.name)
