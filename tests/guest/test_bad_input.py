@@ -181,3 +181,11 @@ def test_stop_ends_the_others_where_one_is_not_there(fork: Callable[..., Guest])
     done = guest.cli("stop", "absent", guest.name, "gone", status=125)
     assert b"'absent'" in done.stderr and b"'gone'" in done.stderr
     assert not guest.folder.path.exists()
+
+
+def test_stop_all_tells_of_a_session_without_a_record(other_home: Cli) -> None:
+    ghost = other_home.layout.live / "ghost"
+    ghost.mkdir(parents=True)
+    assert b"'ghost'" in other_home("stop", "--all", status=125).stderr
+    ghost.rmdir()
+    other_home("stop", "--all")

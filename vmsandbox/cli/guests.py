@@ -160,13 +160,12 @@ def stop(
             left = sandbox.close("stopped")
             tell_differences(sandbox.differs)
         except UserInputError as error:
-            unknown.append(error.brief)  # the others are stopped all the same
+            if not everything or (layout.live / one).exists():  # else it has ended by itself since it was listed
+                unknown.append(error.brief)  # the others are stopped all the same
             continue
         except HostError:
             left = remove_damaged(layout, one)
         problems += [f"{one}: {item}" for item in left]
-    if everything:
-        unknown = []  # it has ended by itself since it was listed
     if problems:
         details = "\n".join([*problems, *unknown])
         raise VmsandboxError("not everything could be removed", details=details, resolution="run `vmsandbox gc`")
