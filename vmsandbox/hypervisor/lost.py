@@ -34,7 +34,7 @@ def end_lost(uuid: str) -> bool:
     return bool(processes)
 
 
-def groups_of(uuid: str, top: Path = _GROUPS) -> list[Path]:
+def groups_of(uuid: str) -> list[Path]:
     """The control groups that libvirt made for a guest (a domain's name ends in digits of its UUID), in any hierarchy.
 
     Not found: those of a name so long that libvirt cut it off (64 characters with its own prefix).
@@ -42,15 +42,15 @@ def groups_of(uuid: str, top: Path = _GROUPS) -> list[Path]:
     ours = re.compile(rf"qemu-\d+-vmsandbox-.*-(?:{uuid[-6:]}|{uuid[:8]})\.libvirt-qemu")
     return [
         group
-        for hierarchy in (top, *_folders(top))
+        for hierarchy in (_GROUPS, *_folders(_GROUPS))
         for group in _folders(hierarchy / "machine")
         if ours.fullmatch(group.name)
     ]
 
 
-def remove_groups(uuid: str, top: Path = _GROUPS) -> None:
+def remove_groups(uuid: str) -> None:
     """Remove the groups of a guest that has ended. The kernel keeps any in which a process is left."""
-    for group in groups_of(uuid, top):
+    for group in groups_of(uuid):
         for folder in (*_folders(group), group):
             with suppress(OSError):  # libvirt may be at it, too
                 folder.rmdir()
