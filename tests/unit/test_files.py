@@ -39,6 +39,15 @@ def test_a_copy_has_the_same_bytes_and_no_more_blocks(tmp_path: Path, pages: set
     assert target.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_copy_into_memory_has_the_same_bytes_and_its_holes(tmp_path: Path) -> None:
+    source = sparse_file(tmp_path / "source", [0, 1, 7, 40, 63], 64 * PAGE)
+    with open(os.memfd_create("target"), "r+b") as target:
+        target.truncate(64 * PAGE)
+        fill_sparse(source, Path(f"/proc/self/fd/{target.fileno()}"), follow=True)
+        assert target.read() == source.read_bytes()
+        assert os.fstat(target.fileno()).st_blocks <= 8 * PAGE // 512
+
+
 def test_a_new_file_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")

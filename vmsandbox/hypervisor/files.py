@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 _CHUNK = 16 * 1024 * 1024
@@ -41,23 +42,31 @@ def fill_sparse(source: Path, target: Path, *, follow: bool = False) -> None:
 
 def copy_extents(source: int, target: int) -> None:
     """The same for descriptors."""
-    for start, end in data_extents(source, os.fstat(source).st_size):
-        _copy_range(source, target, start, end)
+    extents = data_extents(source, os.fstat(source).st_size)
+
+    def share(position: int, length: int) -> int:
+        return os.copy_file_range(source, target, length, position, position)
+
+    def send(position: int, length: int) -> int:
+        os.lseek(target, position, os.SEEK_SET)
+        return os.sendfile(target, source, position, length)
+
+    try:
+        _copy_each(extents, share)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # two kinds of file system: the first call says so
+            raise
+        _copy_each(extents, send)
 
 
-def _copy_range(fd_in: int, fd_out: int, start: int, end: int) -> None:
-    position = start
-    while position < end:
-        try:
-            copied = os.copy_file_range(fd_in, fd_out, end - position, position, position)
-        except OSError as error:
-            if error.errno != errno.EXDEV:  # two kinds of file system
-                raise
-            os.lseek(fd_out, position, os.SEEK_SET)
-            copied = os.sendfile(fd_out, fd_in, position, end - position)
-        if copied == 0:
-            raise OSError(errno.EIO, "the source became shorter while it was copied")
-        position += copied
+def _copy_each(extents: list[tuple[int, int]], copy: Callable[[int, int], int]) -> None:
+    for start, end in extents:
+        position = start
+        while position < end:
+            copied = copy(position, end - position)
+            if copied == 0:
+                raise OSError(errno.EIO, "the source became shorter while it was copied")
+            position += copied
 
 
 def data_extents(fd: int, size: int) -> list[tuple[int, int]]:
