@@ -288,6 +288,27 @@ def test_what_runs_a_command_again_and_again_finds_the_guest_as_it_was(cli: Cli,
         cli("stop", "nightly", status=None)
 
 
+def test_what_a_rolled_back_guest_made_is_compared_with_what_it_was_given(cli: Cli, tmp_path: Path) -> None:
+    project = make_tree(tmp_path / "again", FILES)
+    words = ("session", project, "--rollback", "--name", "again", "--json")
+    try:
+        cli(*words, "--", "true")
+        (project / "kept.txt").write_text("its owner's\n")  # after the start to which the guest goes back
+        report = json.loads(cli(*words, "--accept", "all", "--", "sh", "-c", "echo 1 > first.txt").stdout)
+        assert report["applied"] == ["first.txt"] and not report["changes"]["modified"], report["changes"]
+        left = json.loads(cli(*words, "--", "sh", "-c", "echo 2 > second.txt; echo 2 > first.txt").stdout)
+        assert left["applied"] == [] and len(left["changes"]["added"]) == len(left["changes"]["modified"]) == 1
+        # Later, when the guest has long been another.
+        assert cli.json("accept", left["id"], "first.txt")["applied"] == ["first.txt"]
+        assert cli.json("accept", left["id"], "--all")["applied"] == ["second.txt"]
+        assert cli.json("changes", left["id"])["review"] == []
+        names = ("first.txt", "kept.txt", "second.txt")
+        assert [(project / name).read_text() for name in names] == ["2\n", "its owner's\n", "2\n"]
+        assert changes_of(cli.guest("again")) == ([], [], []), "of the guest as it is now"
+    finally:
+        cli("stop", "again", status=None)
+
+
 def test_nothing_is_copied_in_while_a_snapshot_is_taken(snapped: Guest, project: Path) -> None:
     pushed = snapped.folder.record_folder(snapped.folder.info().id) / "pushed.jsonl"
     before = pushed.stat().st_mtime_ns

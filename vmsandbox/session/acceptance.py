@@ -69,7 +69,7 @@ def review_returned(record: Record) -> Returned:
         UserInputError: nothing came back, or a rules file of the project is wrong (it says where).
         HostError: the record is damaged.
     """
-    project, base, quarantine = record.project, record.base(), record.quarantine()
+    project, base, quarantine = record.project, record.base_of_return(), record.quarantine()
     rules = rules_of(project)
     old = PushedContents(project, base)
     returns = record.returns()
@@ -168,7 +168,7 @@ def accept(returned: Returned, selection: Selection, by: str, attended: bool = F
         record.ledger.plan(record.id, applying)
     done = apply(returned.project, todo, BothContents(returned.quarantine, returned.old), label=record.id)
     failpoint("accept.applied")
-    record.set_base(_with(returned.base, todo))
+    record.set_base(returned.base, _with(returned.base, todo))
     failpoint("accept.recorded")
     record.journal.append(events.ChangesApplied(selection.digest, len(paths)))
     record.ledger.gone(record.id, applying)

@@ -26,6 +26,7 @@ from vmsandbox.receive.start import Received, receive
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown
+from vmsandbox.session.record import Record
 
 if TYPE_CHECKING:
     from vmsandbox.session.sandbox import Sandbox
@@ -104,6 +105,7 @@ def _collect(sandbox: Sandbox, record: Path, limits: ReturnLimits | None, progra
         finally:
             channel.close()
     failpoint("return.received")
+    Record(record).keep_base_in(received.quarantine.folder)
     quarantine = _publish(received.quarantine, record / "quarantine")
     failpoint("return.published")
     refused = _refused(pushed, received)

@@ -10,7 +10,7 @@ long after the session. Everything here works from the record's folder alone.
     records/<id>/findings.json  what was found in what was copied in, or was not because of it
     records/<id>/returns-*.json what its policies let come back (the journal says which is in force)
     records/<id>/base.jsonl     the same, with what was accepted since
-    records/<id>/quarantine/    what came back (vmsandbox.receive.store)
+    records/<id>/quarantine/    what came back (vmsandbox.receive.store); its base.jsonl: what it is compared with
     records/<id>/accepted.jsonl what was accepted, and by whom
     records/<id>/backup/        the project of before (vmsandbox.session.backup)
     records/<id>/history.json   what the guest's repository started from
@@ -21,12 +21,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.hypervisor.launch import disk_errors
 from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal, verified_records
 from vmsandbox.ledger.book import Ledger
@@ -41,6 +43,7 @@ from vmsandbox.session.plan import SessionRequest
 from vmsandbox.spec import Grade
 
 _LIMITS = ManifestLimits(bytes=1 << 30, entries=1_000_000)  # our own files
+_OF_RETURN = "quarantine/base.jsonl"
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,23 @@ class Record:
         """What the project has of the guest's tree: what was pushed, and what was accepted since."""
         return self._manifest("base.jsonl") if (self.folder / "base.jsonl").exists() else self.pushed()
 
-    def set_base(self, manifest: Manifest) -> None:
-        """Note what the project has now, after changes were accepted."""
-        fresh = self.folder / "base.jsonl.new"
-        fresh.write_bytes(b"".join(manifest.lines()))
-        fresh.replace(self.folder / "base.jsonl")
+    def base_of_return(self) -> Manifest:
+        """The same for what lies in quarantine: the guest may have been rolled back since, to a tree of before."""
+        return self._manifest(_OF_RETURN) if (self.folder / _OF_RETURN).exists() else self.base()
+
+    def keep_base_in(self, fresh: Path) -> None:
+        """Copy the base into what has just come back. Raises HostError if the disk is full."""
+        name = "base.jsonl" if (self.folder / "base.jsonl").exists() else "pushed.jsonl"
+        with disk_errors("keeping what came back"):
+            shutil.copyfile(self.folder / name, fresh / "base.jsonl")
+
+    def set_base(self, before: Manifest, now: Manifest) -> None:
+        """Note what the project has after changes were accepted; before: as `base_of_return` gave it."""
+        stands = self.base() == before  # else the guest has another tree than the one that came back
+        for name in (_OF_RETURN, *(["base.jsonl"] if stands else [])):
+            fresh = self.folder / f"{name}.new"
+            fresh.write_bytes(b"".join(now.lines()))
+            fresh.replace(self.folder / name)
 
     def quarantine(self) -> Quarantine:
         """What came back last. Raises UserInputError if nothing did; GuestError or HostError if it is damaged."""
@@ -149,7 +164,7 @@ class Record:
         if not folder.is_dir():
             raise UserInputError(
                 f"nothing of session {self.id} waits to be accepted",
-                resolution="changes are fetched by `vmsandbox changes NAME` while the guest runs, and when it ends",
+                resolution="`vmsandbox changes NAME` fetches them while the guest runs; `stop` does not",
             )
         return Quarantine.load(folder)
 
