@@ -454,6 +454,17 @@ def test_a_failpoint_kills_a_program_from_its_environment(tmp_path: Path) -> Non
     assert "not NAME[#K]=ACTION" in done.stderr
 
 
+def test_more_new_folders_than_may_be_open_at_once(tmp_path: Path) -> None:
+    tree: dict[str, tuple[int, bytes] | int | str] = {"a": 0o755}
+    for number in range(600):
+        tree[f"a/d{number:03}"] = 0o755
+        if number % 2:
+            tree[f"a/d{number:03}/f"] = (0o644, b"x")
+    root = make(tmp_path / "p", {})
+    apply(root, operations({}, tree), Bytes(tree), label="t")
+    assert seen(root) == tree
+
+
 # ---- what it costs ----
 
 

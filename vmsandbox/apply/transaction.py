@@ -162,12 +162,12 @@ class _Transaction:
         number = str(step.number)
         staging = self._staging
         try:
-            folder, name = self._folders.parent(step.path)
+            if step.act == "mode" and step.after is not None and step.after.kind == "dir":
+                self._folders.fd(step.path)  # stays open, so that undoing finds it wherever it is moved
+            folder, name = self._folders.parent(step.path)  # last: valid until the next one is opened
             if step.act == "mode":
                 assert step.after is not None
                 special = step.was & 0o7000 if step.after.kind == "dir" else 0
-                if step.after.kind == "dir":
-                    self._folders.fd(step.path)  # stays open, so that undoing finds it wherever it is moved
                 set_mode(folder, name, special | step.after.mode)
             elif step.act == "in":
                 kernel.put(staging.new, number, folder, name)
