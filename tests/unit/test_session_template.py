@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from vmsandbox.errors import ImageError
-from vmsandbox.hypervisor import making
+from vmsandbox.failpoints import switched_on
+from vmsandbox.hypervisor import freezing, making
 from vmsandbox.hypervisor import template as module
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.hypervisor.launch import Machine
@@ -25,7 +26,7 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.gc import unused_templates
+from vmsandbox.session.gc import unfinished_templates, unused_templates
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.spec import Accelerator, GuestShape
 
@@ -201,6 +202,38 @@ def test_a_base_is_removed_after_what_stands_on_it(layout: Layout) -> None:
         os.utime(store.folder / key / "manifest.json", (time.time() - month,) * 2)
     assert [one.what for one in unused_templates(layout, False)] == ["d-tailored", "c-other"]
     assert [one.what for one in unused_templates(layout, True)] == ["b-tailored", "a-base"]
+
+
+def test_one_whose_removal_is_killed_is_no_template_any_more_and_goes(layout: Layout) -> None:
+    store = TemplateStore(layout)
+    publish(store, "k")
+
+    def die(name: str) -> None:
+        if name == "template.gone":
+            raise KeyboardInterrupt
+
+    with switched_on(die), pytest.raises(KeyboardInterrupt):
+        store.remove("k")
+    assert store.find("k") is None and store.list() == []
+    assert [one.why for one in unfinished_templates(layout)] == ["its removal was interrupted"]
+    assert list(store.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{"])
+def test_one_without_a_manifest_is_in_nobodys_way(layout: Layout, manifest: str | None) -> None:
+    store = TemplateStore(layout)
+    for key in ("k", "other"):
+        folder = publish(store, key)
+        (folder / "manifest.json").unlink()
+        if manifest is not None:
+            (folder / "manifest.json").write_text(manifest)
+    assert store.find("k") is None
+    new = store.folder / ".making-1"
+    (store.folder / "other").rename(new)
+    freezing.publish(store, new, "k", {}, 1.0)
+    assert store.find("k") is not None
+    (store.folder / "k/manifest.json").unlink()
+    assert [one.what for one in unused_templates(layout, False)] == ["k"]
 
 
 def test_a_whole_chain_is_removed_from_its_end_and_kept_for_a_session(layout: Layout) -> None:

@@ -67,6 +67,8 @@ def publish(
     os.chown(making, os.geteuid(), os.getegid())
     making.chmod(0o755)
     failpoint("publish.written")
+    if (store.folder / key).exists():  # one whose manifest cannot be read: it was looked for under the key's lock
+        store.remove(key)
     making.rename(store.folder / key)
     failpoint("publish.renamed")
     return Template(key, store.folder / key, digests, seconds, base)

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vmsandbox.errors import ImageError
+from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.hypervisor.launch import Machine, create_overlay, disk_errors
 from vmsandbox.ledger.book import Ledger
@@ -36,6 +38,7 @@ _MAKERS = (
     Path(seed_module.__file__),
 )
 DISK, RAM, STATE, INITRD = "disk.qcow2", "ram", "state", "initrd"
+GONE = ".gone-"  # how the folder of a template begins that is being removed
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class TemplateStore:
         folder = self.folder / key
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-        except OSError:
+        except (OSError, ValueError):
             return None
         if changed := changed_file(folder, manifest, sha256_of, thoroughly):
             raise ImageError(
@@ -192,8 +195,11 @@ class TemplateStore:
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
     def remove(self, key: str) -> None:
-        """Delete a template. Forks that run keep what they have opened."""
-        shutil.rmtree(self.folder / key)
+        """Delete a template, or what is left of one. Forks that run keep what they have opened. Raises OSError."""
+        gone = self.folder / f"{GONE}{key}.{secrets.token_hex(4)}"
+        (self.folder / key).rename(gone)  # nobody finds one that is half removed
+        failpoint("template.gone")
+        shutil.rmtree(gone)
 
     @contextmanager
     def making(self, folder: Path) -> Iterator[None]:
