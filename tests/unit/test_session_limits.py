@@ -274,6 +274,15 @@ def test_the_time_of_a_session_that_stays(folder: SessionFolder, guest_process: 
         time.sleep(0.05)
 
 
+def test_a_limit_that_cannot_be_written_down_ends_the_session_too(folder: SessionFolder, guest_process: Any) -> None:
+    process, info = guest_process
+    journal = folder.record_folder(info.id) / "events.jsonl"
+    journal.unlink()
+    journal.mkdir()
+    start_watcher(folder, info, SessionPolicy(time=1), Programs())
+    assert process.wait(30) == -signal.SIGKILL
+
+
 def test_idle_is_from_the_last_thing_that_was_done_and_not_while_frozen(
     folder: SessionFolder, guest_process: Any
 ) -> None:

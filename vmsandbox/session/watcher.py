@@ -149,8 +149,15 @@ class _Watch:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         journal = self._folder.journal(self._id)
         value = self._time if limit == "time" else self._idle
-        journal.append(events.LimitReached(limit, value or 0))
-        self._collect(info)
+        # Nothing keeps the end from coming: no full disk, no guest whose answers nobody thought of.
+        try:
+            journal.append(events.LimitReached(limit, value or 0))
+        except VmsandboxError as error:
+            _Log().warning(f"the limit ({limit}) could not be written down: {error}")
+        try:
+            self._collect(info)
+        except Exception:
+            _Log().warning(traceback.format_exc())
         now = self._info()
         if now is None:
             return
