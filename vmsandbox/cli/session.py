@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,59 +85,61 @@ def session(
         vcpus=vcpus, ssh_ports=ssh_ports, wait=patience(wait),
     )  # fmt: skip
     keep = request.keep
-    sandbox = _standing(request, policy) if rollback else open_guest(request, policy)
-    reached: LimitReachedError | None = None
-    try:
-        status = run_in(sandbox, guest_command(), stdout=2 if json else 1)
-    except LimitReachedError as limit:
-        status, reached = limit.exit_code, limit
-    except BaseException as error:
+    with ExitStack() as alone:
+        sandbox = _standing(request, policy, alone) if rollback else open_guest(request, policy)
+        reached: LimitReachedError | None = None
+        try:
+            status = run_in(sandbox, guest_command(), stdout=2 if json else 1)
+        except LimitReachedError as limit:
+            status, reached = limit.exit_code, limit
+        except BaseException as error:
+            if not keep:
+                sandbox.close(f"ended by {type(error).__name__}")
+            raise
         if not keep:
-            sandbox.close(f"ended by {type(error).__name__}")
-        raise
-    if not keep:
-        reached = _stop_watching(sandbox) or reached
-    if reached is not None:
-        print(f"vmsandbox: {reached.brief} ({reached.details})", file=sys.stderr)
-    over = reached is not None and reached.ends_session  # what changed was fetched already, if it could be
-    pushed = sandbox.info.guest_folder is not None
-    landed: ReturnedCommits | None = None
-    if pushed and not over:
-        landed = _collect(sandbox, path if commits else None, keep)
-    if keep:
-        sandbox.disconnect()
-    if rollback and not over:
-        _roll_back(sandbox)
-    left = [] if keep else sandbox.close(f"ended by its limit: {reached.limit}" if over and reached else "ended")
-    pushed = pushed and (not over or (sandbox.folder.record_folder(sandbox.info.id) / "quarantine").is_dir())
-    network = _network(sandbox, learn, json)
-    # The guest is gone before anybody is asked about what it left.
-    try:
-        outcome = _bring_back(sandbox, accept, json) if pushed else None
-    except VmsandboxError as error:
-        _advise(error, f"what came back waits in quarantine: `vmsandbox accept {sandbox.info.id}`")
-        raise
-    if json:
-        print_json(_session_report(sandbox, status, outcome, landed, left, network))
-    else:
-        if landed is not None:
-            tell_commits(landed, sys.stderr)
-        _tell_end(sandbox, left, keep and not over)
-    return status
+            reached = _stop_watching(sandbox) or reached
+        if reached is not None:
+            print(f"vmsandbox: {reached.brief} ({reached.details})", file=sys.stderr)
+        over = reached is not None and reached.ends_session  # what changed was fetched already, if it could be
+        pushed = sandbox.info.guest_folder is not None
+        landed: ReturnedCommits | None = None
+        if pushed and not over:
+            landed = _collect(sandbox, path if commits else None, keep)
+        if keep:
+            sandbox.disconnect()
+        if rollback and not over:
+            _roll_back(sandbox)
+        left = [] if keep else sandbox.close(f"ended by its limit: {reached.limit}" if over and reached else "ended")
+        pushed = pushed and (not over or (sandbox.folder.record_folder(sandbox.info.id) / "quarantine").is_dir())
+        network = _network(sandbox, learn, json)
+        # The guest is gone before anybody is asked about what it left.
+        try:
+            outcome = _bring_back(sandbox, accept, json) if pushed else None
+        except VmsandboxError as error:
+            _advise(error, f"what came back waits in quarantine: `vmsandbox accept {sandbox.info.id}`")
+            raise
+        if json:
+            print_json(_session_report(sandbox, status, outcome, landed, left, network))
+        else:
+            if landed is not None:
+                tell_commits(landed, sys.stderr)
+            _tell_end(sandbox, left, keep and not over)
+        return status
 
 
-def _standing(request: SessionRequest, policy: Path | None) -> Sandbox:
-    """The guest that stays: as it was at its start, with the project as it is now."""
+def _standing(request: SessionRequest, policy: Path | None, alone: ExitStack) -> Sandbox:
+    """The guest that stays: as it was at its start, with the project as it is now. alone: keeps it ours for so long."""
     if request.name is None:
         raise UserInputError("--rollback needs the name of the guest that stays", resolution="add --name NAME")
     request, monitor = with_policy(request, policy)
-    from vmsandbox.session.standing import standing_guest
+    from vmsandbox.session.standing import alone_in, standing_guest
 
-    if (found := standing_guest(request, Layout.from_environment(), Programs(), monitor)) is not None:
+    if (found := standing_guest(request, Layout.from_environment(), Programs(), monitor, alone)) is not None:
         return found
     from vmsandbox.session.sandbox import Sandbox
 
     sandbox = Sandbox.open(request.project, request=request, monitor=monitor)
+    alone.enter_context(alone_in(sandbox.folder))
     sandbox.disconnect()
     keep_start(sandbox)
     return sandbox

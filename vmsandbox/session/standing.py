@@ -5,7 +5,10 @@ Its project is copied in anew each time; what the time before left behind in the
 
 from __future__ import annotations
 
-from contextlib import closing
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from vmsandbox.errors import RefusedError, UserInputError
@@ -27,17 +30,40 @@ _FRESH = (events.RolledBack.kind, events.SnapshotTaken.kind)
 _USED = (events.CommandStarted.kind, events.ProjectPushed.kind)
 
 
-def standing_guest(asked: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor) -> Sandbox | None:
-    """The running session of this name at its start, with the project as it is now; None if there is none.
+@contextmanager
+def alone_in(folder: SessionFolder) -> Iterator[None]:
+    """One at a time uses a guest that stays: the next one's rollback would end this one's command.
 
     Raises:
-        UserInputError: it is not ready, or no start of it was kept.
+        UserInputError: another one does.
+    """
+    with os.fdopen(os.open(folder.path / "standing.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserInputError(
+                f"another `session --rollback` uses {folder.name!r} at this moment",
+                resolution="try again when it has ended, or give another --name",
+            ) from None
+        yield
+
+
+def standing_guest(
+    asked: SessionRequest, layout: Layout, programs: Programs, monitor: Monitor, alone: ExitStack
+) -> Sandbox | None:
+    """The running session of this name at its start, with the project as it is now; None if there is none.
+
+    alone: holds others off until it is closed (`alone_in`).
+
+    Raises:
+        UserInputError: it is in use or not ready, or no start of it was kept.
         RefusedError: it was started with another policy, image, size or network.
     """
     assert asked.name is not None
     folder = SessionFolder(layout, asked.name)
     if not folder.path.exists():
         return None
+    alone.enter_context(alone_in(folder))
     info = folder.info()
     if not guest_is_alive(folder, info):
         raise UserInputError(
