@@ -20,6 +20,7 @@ from vmsandbox.hypervisor.making import in_the_making
 from vmsandbox.hypervisor.template import TemplateStore
 from vmsandbox.ledger.processes import processes_of
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.spec import Accelerator, GuestShape
 
 STAGES = {
@@ -152,6 +153,8 @@ def test_a_guest_that_died_is_shown_and_removed(fork: Callable[..., Guest]) -> N
     wait_for(lambda: {row["name"]: row["state"] for row in guest.cli.json("ls")}[guest.name] == "dead", 20)
     done = guest.cli("exec", guest.name, "--", "true", status=125, timeout=90)
     assert b"Traceback" not in done.stderr
+    with guest_locked(guest.folder):  # a rollback that gives it another one
+        assert guest.cli.json("gc") == []
     assert [item["what"] for item in guest.cli.json("gc")] == [guest.name]
 
 
@@ -183,6 +186,24 @@ def test_a_guest_that_dies_under_a_command_is_an_error(fork: Callable[..., Guest
     os.kill(guest.qemu, signal.SIGKILL)
     status, _, stderr = ended(process)
     assert status == 125 and b"broke" in stderr
+
+
+@pytest.mark.parametrize("place", ["session.ready", "push.sent", "push.recorded"])
+def test_a_start_that_is_killed_before_all_is_in_force_leaves_no_guest(cli: Cli, big: Path, place: str) -> None:
+    killed = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=kill"})
+    killed("start", big.parent / "small", "--name", "early", status=-9)
+    cli("gc")
+    assert not (cli.layout.live / "early").exists()
+
+
+def test_the_name_of_a_guest_whose_record_cannot_be_read_is_in_use(fork: Callable[..., Guest]) -> None:
+    guest = fork()
+    record = guest.folder.path / "session.json"
+    text, qemu = record.read_text(), guest.qemu
+    record.write_text(text[:100])
+    assert b"exists already" in guest.cli("start", "--empty", "--name", guest.name, status=125).stderr
+    record.write_text(text)
+    assert guest.sh("echo alive") == "alive" and guest.qemu == qemu
 
 
 def test_the_journal_of_what_was_killed_is_whole(cli: Cli, big: Path) -> None:

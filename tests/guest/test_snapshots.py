@@ -59,6 +59,12 @@ def changes_of(guest: Guest) -> tuple[list[str], list[str], list[str]]:
     return modified, deleted, added
 
 
+def rollbacks_of(guest: Guest) -> list[str]:
+    """The UUIDs of the guests that they brought, by the journal."""
+    entries = guest.folder.journal(guest.info.id).read()
+    return [entry["data"]["uuid"] for entry in entries if entry["kind"] == "session.rolledback"]
+
+
 def random_bytes(guest: Guest) -> str:
     return guest.sh("head -c 32 /dev/urandom | sha256sum")
 
@@ -188,7 +194,7 @@ def test_a_snapshot_that_is_killed_leaves_a_guest_that_runs(snapped: Guest, plac
 )  # fmt: skip
 def test_a_rollback_that_is_killed_is_undone_or_finished(snapped: Guest, place: str, is_done: bool) -> None:
     snapped.sh("echo later > kept.txt; echo later > later.txt")
-    before = snapped.info.uuid
+    before, told = snapped.info.uuid, rollbacks_of(snapped)
     killed = Cli(snapped.cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=kill"})
     killed("rollback", "snapped", "work", status=-9)
     snapped.cli("gc")
@@ -196,6 +202,69 @@ def test_a_rollback_that_is_killed_is_undone_or_finished(snapped: Guest, place: 
     assert snapped.sh("cat kept.txt; ls") == ("changed\nkept.txt" if is_done else "later\nkept.txt\nlater.txt")
     assert not (snapped.folder.path / "next.json").exists()
     assert [path.name for path in snapped.folder.path.glob("vm-*")] == [f"vm-{snapped.info.uuid[-6:]}"]
+    assert rollbacks_of(snapped) == [*told, *([snapped.info.uuid] if is_done else [])]
+
+
+def test_whoever_comes_first_finishes_a_rollback_that_was_killed(snapped: Guest) -> None:
+    snapped.cli("snapshot", "snapped", "short")
+    killed = Cli(snapped.cli.home, {"VMSANDBOX_FAILPOINT": "rollback.committed=kill"})
+    killed("rollback", "snapped", "short", status=-9)
+    snapped.cli("snapshots", "snapped", "--remove", "short")
+    assert not (snapped.folder.path / "next.json").exists()
+    snapped.cli("gc")
+    assert changes_of(snapped) == (["kept.txt"], ["gone.txt"], []), "what the host knows of the guest is still there"
+
+
+def test_a_push_goes_on_with_the_guest_that_a_rollback_brought(snapped: Guest, project: Path) -> None:
+    sandbox = Sandbox.attach("snapped", layout=snapped.cli.layout)
+    before = sandbox.info.uuid
+    snapped.cli("rollback", "snapped", "work")
+    sandbox.push(project)
+    sandbox.disconnect()
+    assert snapped.info.uuid == sandbox.info.uuid != before
+    assert snapped.sh("cat gone.txt") == "as pushed"
+    snapped.cli("rollback", "snapped", "work")
+
+
+def test_a_session_that_ends_while_it_is_rolled_back_leaves_nothing(cli: Cli) -> None:
+    for place in ("rollback.written", "fork.folders", "rollback.started", "rollback.restored"):
+        cli("start", "--empty", "--name", "both")
+        slow = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=pause:3"})
+        rollback = slow.start("rollback", "both")
+        wait_for(lambda: (cli.layout.live / "both/next.json").exists())
+        cli("stop", "both")
+        status, _, stderr = ended(rollback)
+        assert b"Traceback" not in stderr and status in (0, 125), stderr
+        assert not (cli.layout.live / "both").exists()
+        wait_for(lambda: domains(cli, "both") == [], timeout=20)  # libvirt notices late where PID 1 reaps late
+
+
+def test_a_guest_that_is_frozen_while_a_snapshot_is_taken_stays_so(snapped: Guest) -> None:
+    def freeze(name: str) -> None:
+        if name == "snapshot.memory":
+            freeze_guest(snapped.folder, snapped.info, by="broker", reason="a test")
+
+    try:
+        with switched_on(freeze):
+            take_snapshot(Sandbox.attach("snapped", layout=snapped.cli.layout), "icy")
+        state = subprocess.run(["virsh", "-q", "domstate", snapped.info.uuid], capture_output=True, text=True).stdout
+        assert state.strip() == "paused"
+        snapped.cli("thaw", "snapped")
+        assert snapped.sh("echo alive") == "alive"
+    finally:
+        snapped.cli("snapshots", "snapped", "--remove", "icy")
+
+
+def test_one_run_at_a_time_in_a_guest_that_stays(cli: Cli) -> None:
+    words = ("session", "--empty", "--rollback", "--name", "busy", "--", "sh", "-c")
+    try:
+        cli(*words, "true")
+        first = cli.start(*words, "echo begun; sleep 5; echo done")
+        assert first.stdout is not None and first.stdout.readline() == b"begun\n"
+        assert b"at this moment" in cli(*words, "true", status=125).stderr
+        assert ended(first)[:2] == (0, b"done\n")
+    finally:
+        cli("stop", "busy", status=None)
 
 
 def test_a_rollback_that_fails_leaves_the_session_as_it_was(snapped: Guest) -> None:

@@ -89,7 +89,7 @@ def start_fork(
     template, live = request.template, request.folder.parent.parent
     user = choose_user(host, request.shape)
     with disk_errors("making the session's files"):
-        own_folder(request.folder, user)
+        own_folder(request.folder, user, parents=False)  # a session that was ended meanwhile stays so
         own_folder(request.run_folder, user)
     failpoint("fork.folders")
     with fork_memory(

@@ -66,10 +66,10 @@ def _may_open(device: str, gid: int) -> bool:
     return False
 
 
-def own_folder(path: Path, user: tuple[int, int] | None) -> None:
-    """Make a folder that only the QEMU user (and root) may enter. Its parents can be passed through."""
+def own_folder(path: Path, user: tuple[int, int] | None, *, parents: bool = True) -> None:
+    """Make a folder that only the QEMU user (and root) may enter. parents: those above it too, where they are not."""
     try:
-        path.mkdir(mode=0o700, parents=True)
+        path.mkdir(mode=0o700, parents=parents)
     except FileExistsError:
         raise HostError(f"a folder is in the way: {path}", resolution="`vmsandbox gc` removes leftovers") from None
     give(path, user)

@@ -3,28 +3,7 @@
 `live/<name>/` is made before anything else of a session and removed after everything else: its existence is the
 claim on the name, and its record says what the session is and who has to end it. What of it may still be there when
 the folder is not, the ledger knows (`vmsandbox.ledger`). `records/<id>/` stays.
-
-    live/<name>/session.json    what the session is made of (written before its domain exists)
-    live/<name>/id_ed25519      the session's private SSH key (0600)
-    live/<name>/known_hosts     the host key that the guest was given
-    live/<name>/memory.json     the inode of the sealed memory it maps, if it does
-    live/<name>/qemu-<6>.pid    its QEMU process (<6>: the end of the guest's UUID, also below)
-    live/<name>/next.json       while the session is rolled back: the record of the guest that comes
-    live/<name>/snapshots/      one folder for each snapshot
-    live/<name>/port.N          locked by the process that uses SSH port N; port.bulk: that copies something in;
-                                port.ask: that answers what the guest asks
-    live/<name>/made.json       what its guest was made of (vmsandbox.session.made)
-    live/<name>/baseline        what the guest listed right after the push (untrusted)
-    live/<name>/vm-<6>/         QEMU's own files: disk overlay, memory copy
-    live/<name>/keeper.json     the process that keeps its network (start --net proxy)
-    live/<name>/keeper.log      what that process had to say
-    live/<name>/watcher.json    the process that ends it at its limits and runs its health check; watcher.log
-    live/<name>/activity        its time of change: when something was last done in the session, if it has an idle limit
-    live/<name>/health.json     what its health check last said
-    live/<name>/frozen          why its processors were stopped, while they are
-    run/<name>-<6>/             sockets
-    run/<name>.net/             the broker's socket, where QEMU's user cannot look
-    ledger.sqlite               beside live/: the ledger of all sessions
+What is in them: ARCHITECTURE.md, "A session's folders".
 """
 
 from __future__ import annotations
@@ -122,6 +101,12 @@ class SessionFolder:
             ) from error
         failpoint("claim.made")
 
+    def is_of(self, info: SessionInfo) -> bool:
+        """Whether the name is this very session's, by a record that can be read."""
+        with suppress(HostError, UserInputError):
+            return self.info().id == info.id
+        return False
+
     def info(self) -> SessionInfo:
         """What was written down. Raises UserInputError if there is no such session."""
         try:
@@ -148,6 +133,16 @@ class SessionFolder:
     def end_halfway(self) -> None:
         """One of the two guests is gone, and all of it."""
         (self.path / _NEXT).unlink(missing_ok=True)
+
+    @property
+    def is_without_record(self) -> bool:
+        """Whether there is a folder, and nothing that says of what: none is ever made so."""
+        return self.path.is_dir() and not (self.path / "session.json").exists()
+
+    @property
+    def is_between_guests(self) -> bool:
+        """Whether a rollback is under way, or was broken off."""
+        return (self.path / _NEXT).exists()
 
     def halfway(self) -> Halfway | None:
         """What `begin_halfway` wrote down. Raises HostError if it cannot be read."""

@@ -6,13 +6,17 @@ It is what a person (or the broker's alarm) does to look before anything more ha
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING
 
-from vmsandbox.errors import GuestError, RefusedError, UserInputError
+from vmsandbox.errors import GuestError, HostError, RefusedError, UserInputError
 from vmsandbox.journal import events
 from vmsandbox.session.clock import set_clock
 from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.info import SessionInfo
+from vmsandbox.session.info import SessionInfo, write_text
+
+if TYPE_CHECKING:
+    from vmsandbox.hypervisor.connection import Host
 
 BY_NETWORK = "network"  # the watch of a filtered card, which ends with its alarm
 
@@ -21,12 +25,17 @@ def freeze_guest(folder: SessionFolder, info: SessionInfo, *, by: str, reason: s
     """Stop a guest's processors. Raises HostError if libvirt cannot; a guest that is frozen stays so."""
     from vmsandbox.hypervisor.connection import Host
 
-    host = Host.open()
+    # Written before: whoever lets the guest go on after a snapshot looks for it afterwards (`stay_frozen`).
+    is_new = not is_frozen(folder)
+    mark = folder.path / "frozen"
+    write_text(mark, json.dumps({"by": by, "reason": reason, "uuid": info.uuid}))
     try:
-        host.suspend(info.uuid)
-    finally:
-        host.close()
-    (folder.path / "frozen").write_text(json.dumps({"by": by, "reason": reason}))
+        with closing(Host.open()) as host:
+            host.suspend(info.uuid)
+    except HostError:
+        if is_new:
+            mark.unlink(missing_ok=True)
+        raise
     folder.journal(info.id).append(events.GuestFrozen(by, reason))
 
 
@@ -62,7 +71,23 @@ def is_frozen(folder: SessionFolder) -> bool:
     return (folder.path / "frozen").exists()
 
 
+def stay_frozen(folder: SessionFolder, info: SessionInfo, host: Host) -> None:
+    """Stop a guest again that was let go on after it had been frozen. Raises HostError."""
+    if is_frozen(folder):
+        host.suspend(info.uuid)
+
+
+def forget_frozen(folder: SessionFolder, gone: SessionInfo) -> None:
+    """The guest that was frozen is gone; one that came in its place, and was frozen since, stays so."""
+    if _mark(folder, "uuid") in ("", gone.uuid):
+        (folder.path / "frozen").unlink(missing_ok=True)
+
+
 def _frozen_by(folder: SessionFolder) -> str:
+    return _mark(folder, "by")
+
+
+def _mark(folder: SessionFolder, key: str) -> str:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((folder.path / "frozen").read_text())["by"])
+        return str(json.loads((folder.path / "frozen").read_text())[key])
     return ""

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmsandbox.errors import HostError, VmsandboxError
+from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.template import TemplateStore, making_lock
+from vmsandbox.hypervisor.template import GONE, TemplateStore, making_lock
 from vmsandbox.image.store import ImageStore
 from vmsandbox.ledger.admission import drop_dead, someone_is_starting
 from vmsandbox.ledger.book import Ledger, LedgerError, Row
@@ -28,6 +28,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 from vmsandbox.session.folder import SessionFolder, live_sessions
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.orphans import Removed, applied_to, forget_applied, orphans, owned_guests, remove_orphan
 from vmsandbox.session.quotas import make_room, remove_old_records
@@ -63,7 +64,7 @@ def collect_garbage(
             why = "guests, networks and sockets without a session stay: they might be somebody's"
             removed.append(Removed("ledger", str(ledger.path), why, f"{error.brief}: {error.details}"))
         failpoint("gc.ledger")
-        removed += _unfinished_templates(layout)
+        removed += unfinished_templates(layout)
         removed += unused_templates(layout, all_templates)
         removed += [
             Removed("image", path.name, "its build was interrupted") for path in ImageStore(layout).prune_building()
@@ -136,6 +137,13 @@ def _dead_sessions(layout: Layout, rows: list[Row]) -> Iterator[Removed]:
             why = "its guest is gone"
         else:
             continue
+        try:
+            with guest_locked(folder):  # else somebody makes it a new guest at this moment
+                pass
+        except UserInputError:
+            continue
+        except OSError:
+            pass  # the folder cannot be written: what cannot be removed is told
         yield Removed("session", folder.name, why, "; ".join(tear_down(layout, folder, info)))
     for staged in layout.live.glob(".*"):  # a claim, or an end, that was interrupted
         if not _is_being_written(staged):
@@ -208,7 +216,8 @@ def _maker_is_alive(making: Path) -> bool:
         os.close(fd)
 
 
-def _unfinished_templates(layout: Layout) -> Iterator[Removed]:
+def unfinished_templates(layout: Layout) -> Iterator[Removed]:
+    """Remove what is left of templates whose making or removal was interrupted."""
     for making in sorted(layout.templates.glob(".making-*")):
         if making.suffix == ".lock" or _maker_is_alive(making):
             continue
@@ -216,6 +225,9 @@ def _unfinished_templates(layout: Layout) -> Iterator[Removed]:
         shutil.rmtree(layout.run / f"t-{making.name.removeprefix('.making-')[:8]}", ignore_errors=True)
         making_lock(making).unlink(missing_ok=True)
         yield Removed("template", making.name, "its making was interrupted")
+    for gone in sorted(layout.templates.glob(f"{GONE}*")):
+        shutil.rmtree(gone, ignore_errors=True)
+        yield Removed("template", gone.name, "its removal was interrupted")
 
 
 def unused_templates(layout: Layout, all_of_them: bool) -> Iterator[Removed]:
@@ -237,8 +249,11 @@ def unused_templates(layout: Layout, all_of_them: bool) -> Iterator[Removed]:
         if any(store.base_of(other.name) == path.name for other in store.list()):
             continue
         with suppress(OSError):
-            days = (time.time() - (path / "manifest.json").stat().st_mtime) / 86400
-            if all_of_them:
+            manifest = path / "manifest.json"
+            days = (time.time() - (manifest if manifest.exists() else path).stat().st_mtime) / 86400
+            if not manifest.exists():
+                why = "its manifest is gone"
+            elif all_of_them:
                 why = "no session uses it"
             elif days > UNUSED_TEMPLATE_DAYS:
                 why = f"not used for {days:.0f} days"

@@ -6,6 +6,7 @@ Until then such a session may have two guests, or one that stands still.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from vmsandbox.errors import UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
@@ -31,6 +32,12 @@ def recovered_guests(layout: Layout) -> Iterator[tuple[str, str, str]]:
             continue  # somebody is at it
         except (VmsandboxError, OSError) as error:
             yield folder.name, "its rollback or snapshot was interrupted", str(error)
+
+
+def finish_rollback(folder: SessionFolder) -> None:
+    """Finish or undo a rollback that was broken off; one that is under way is left alone. Raises HostError."""
+    with suppress(UserInputError), guest_locked(folder):
+        recover(folder)
 
 
 def _is_halfway(folder: SessionFolder) -> bool:

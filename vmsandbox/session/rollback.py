@@ -11,6 +11,7 @@ import importlib
 import threading
 import time
 import uuid as uuids
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from vmsandbox.session.admitting import room_beside
 from vmsandbox.session.baseline import Baseline, baseline_of, differences, kept_baseline
 from vmsandbox.session.clock import note_clock
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.freezing import forget_frozen
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.identity import go_on_as
 from vmsandbox.session.info import Halfway, SessionInfo
@@ -86,16 +88,15 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
                 card_will_be_out(folder, info)
                 folder.update(info)  # from here on the session is the new guest
         except BaseException:
-            recover(folder)
+            if recover(folder) is None:  # the session was ended meanwhile, and knew nothing of this guest
+                end_guest(folder, info)
+                remove_guest_files(folder, info)
             raise
         failpoint("rollback.committed")
-        recover(folder)
+        recover(folder, lambda: events.RolledBack(snapshot.folder.name, uuid, thoroughly, _since(began)))
         sandbox.disconnect()
         sandbox.info = info
         note_clock(folder)
-        sandbox.journal.append(
-            events.RolledBack(snapshot.folder.name, uuid, thoroughly, round(time.monotonic() - began, 3))
-        )
         try:
             give_card_back(folder, info)
         except GuestError as error:  # it is the guest's own, and goes back by another rollback
@@ -103,6 +104,10 @@ def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thorough
         if proof is not None:
             proof.hold(sandbox, info)
     return time.monotonic() - began
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
 
 
 def _start(sandbox: Sandbox, info: SessionInfo, prepared: Prepared, policy: Policy, programs: Programs) -> None:
@@ -146,10 +151,10 @@ def _log_in(folder: SessionFolder, info: SessionInfo) -> None:
     ).close()
 
 
-def recover(folder: SessionFolder) -> str | None:
+def recover(folder: SessionFolder, done: Callable[[], events.Event] | None = None) -> str | None:
     """Finish a rollback whose new guest is the session's, undo one whose is not; what was done, None for nothing.
 
-    Call it under `guest_locked`. Twice is harmless.
+    Call it under `guest_locked`. Twice is harmless. done: what the journal says of one that was finished.
 
     Raises:
         HostError: the guest that has to go cannot be ended.
@@ -168,8 +173,9 @@ def recover(folder: SessionFolder) -> str | None:
     remove_guest_files(folder, gone)
     if is_committed:
         free_tap(gone)
-        (folder.path / "frozen").unlink(missing_ok=True)  # the guest of before was
+        forget_frozen(folder, gone)
         failpoint("rollback.freed")
+        folder.journal(coming.id).append(done() if done else events.RolledBack(tag, coming.uuid, False, 0.0))
     folder.end_halfway()
     Ledger.of(folder.layout).gone(gone.id, *_things_of(folder, gone))
     return f"its rollback to {tag} was finished" if is_committed else f"its rollback to {tag} was undone"

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import VmsandboxError
+from vmsandbox.errors import UserInputError, VmsandboxError
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.isolation import Isolation
@@ -146,6 +146,8 @@ class Sandbox:
                 reserved = prepared.limits.memory_reserved_mib
                 if needs_watcher(asked.policy.session, reserved):
                     start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner, reserved)
+                if asked.keep:  # last: one that was killed before is this process's, and goes with it
+                    sandbox.disown()
             except BaseException as error:
                 sandbox.failed(error)
                 raise
@@ -155,9 +157,17 @@ class Sandbox:
 
     @classmethod
     def attach(cls, name: str, *, layout: Layout | None = None, monitor: Monitor | None = None) -> Sandbox:
-        """A session that runs already. Raises UserInputError if there is none of this name."""
+        """A session that runs already; a rollback of it that was broken off is finished first.
+
+        Raises:
+            UserInputError: there is none of this name. HostError: the guest that has to go cannot be ended.
+        """
         where = layout or Layout.from_environment()
         folder = SessionFolder(where, name)
+        if folder.is_between_guests:
+            from vmsandbox.session.recovery import finish_rollback
+
+            finish_rollback(folder)
         return cls(where, folder, folder.info(), monitor or Monitor())
 
     def __enter__(self) -> Sandbox:
@@ -275,10 +285,11 @@ class Sandbox:
         rules = policy if policy is not None else effective_for(project, None).policy
         runner = programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
-        with (
-            guest_locked(self.folder, shared=True, patience=_SNAPSHOT_SECONDS),
-            enforced(self, rules, project, guest_folder_for(project)),
-        ):
+        with guest_locked(self.folder, shared=True, patience=_SNAPSHOT_SECONDS), ExitStack() as guard:
+            if (now := self._current()).uuid != self.info.uuid:  # rolled back while this waited
+                self.disconnect()
+            self.info = now
+            guard.enter_context(enforced(self, rules, project, guest_folder_for(project)))
             self.info = push_project(self, project, rules, runner, history.value)
             give_history(self, project, history.value, rules, runner)
 
@@ -310,9 +321,21 @@ class Sandbox:
         """Let the guest outlive this process, until `stop`. A network that this process holds ends here."""
         if self.network is not None and self.network.egress is not None:
             self.network.close()
-            self.info = replace(self.info, network=NetworkMode.NONE.value)
-        self.info = replace(self.info, owner_pid=0, owner_started=0)
+            self.info = replace(self._current(), network=NetworkMode.NONE.value)
+            self.folder.update(self.info)
+        self.disown()
+
+    def disown(self) -> None:
+        """No process has to end the session any more."""
+        self.info = replace(self._current(), owner_pid=0, owner_started=0)
         self.folder.update(self.info)
+
+    def _current(self) -> SessionInfo:
+        """The session's record as it is now: another process may have rolled it back. Raises UserInputError."""
+        now = self.folder.info()
+        if now.id != self.info.id:
+            raise UserInputError(f"session {self.name!r} has ended meanwhile")
+        return now
 
     # -- starting ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from vmsandbox.hypervisor.snapshot import MANIFEST, Running, find_snapshot, go_o
 from vmsandbox.hypervisor.template import DISK, TemplateStore
 from vmsandbox.journal import events
 from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.freezing import is_frozen
+from vmsandbox.session.freezing import is_frozen, stay_frozen
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.made import is_emulated
@@ -101,7 +101,10 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
                 is_emulated(folder),
             )
             with without_card(host, folder, info):
-                taken = take(host, guest, taking)
+                try:
+                    taken = take(host, guest, taking)
+                finally:
+                    stay_frozen(folder, info, host)
             facts = {"key": secrets.token_hex(16), "tag": tag, "parent": _standing_on(folder), "created": _now()}
             publish_snapshot(taken, target, base, facts)
         except BaseException:
@@ -187,9 +190,9 @@ def remove_snapshot(sandbox: Sandbox, tag: str) -> int:
 def restore_known(folder: SessionFolder, info: SessionInfo, tag: str) -> None:
     """Make what the host knows of the guest's tree what it was with this snapshot. Twice is harmless."""
     kept = folder.snapshots / tag / "host"
-    with suppress(FileNotFoundError):
+    if kept.is_dir():  # else it was removed since: what the host knows stays
         copy_known(kept, folder.record_folder(info.id), folder.path / "baseline")
-    _stand_on(folder, tag)
+        _stand_on(folder, tag)
 
 
 def copy_known(kept: Path, record: Path, baseline: Path) -> None:

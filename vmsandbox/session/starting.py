@@ -92,8 +92,9 @@ def claim(
         folder.claim(info)
         keep_made(folder, prepared, asked.policy)
     except BaseException:
-        tear_down(layout, folder, info)  # it may have been claimed; another one's is left alone
-        ledger.forget(info.id)
+        # Torn down only where it says that it is this one's: a record that cannot be read is somebody's, too.
+        if not folder.is_of(info) or not tear_down(layout, folder, info):
+            ledger.forget(info.id)
         raise
     return folder, info
 
@@ -177,8 +178,7 @@ def start_guest(
             failpoint("session.network")
         sandbox.shell()
         failpoint("session.login")
-    owner = (0, 0) if asked.keep else (sandbox.info.owner_pid, sandbox.info.owner_started)
-    sandbox.info = replace(sandbox.info, ready=True, owner_pid=owner[0], owner_started=owner[1])
+    sandbox.info = replace(sandbox.info, ready=True)
     sandbox.folder.update(sandbox.info)
     sandbox.journal.append(events.GuestReady(keys.host_key, machine_id, round(time.monotonic() - began, 3)))
     failpoint("session.ready")

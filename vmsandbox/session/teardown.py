@@ -12,7 +12,7 @@ import select
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from vmsandbox.ledger.book import Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.keeper import end_keeper
 from vmsandbox.session.watching import end_watcher
 
 _END_DEADLINE_MS = 10_000
+_ROLLBACK_SECONDS = 20.0  # that the end of a session waits for one; a killed one holds nothing
 _INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -37,9 +39,19 @@ def tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[
     Safe to call twice, and for a session that never got further than its claim. A second Ctrl-C waits until it
     is done. The folder itself goes last, so that what could not be removed can be found again.
     """
+    with ExitStack() as alone:
+        if folder.is_between_guests:  # one that is being rolled back has its new guest first; then that one ends
+            with suppress(VmsandboxError, OSError):
+                alone.enter_context(guest_locked(folder, patience=_ROLLBACK_SECONDS))
+        return _tear_down(layout, folder, info)
+
+
+def _tear_down(layout: Layout, folder: SessionFolder, info: SessionInfo) -> list[str]:
     left: list[str] = []
     if _is_anothers(folder, info):
         return left
+    with suppress(VmsandboxError):
+        info = folder.info()  # whose guest may have been exchanged since
 
     def attempt(what: str, step: Callable[[], None]) -> None:
         try:
