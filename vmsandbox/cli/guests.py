@@ -85,6 +85,7 @@ def start(
 ) -> int:
     """Start a guest with a project in it and leave it running, until `stop`."""
     if origin is not None:
+        _refuse_beside_origin(image, memory, vcpus, ssh_ports, history, empty)
         request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation, wait)
     else:
         request = SessionRequest(
@@ -126,7 +127,7 @@ def push(
     policy: PolicyOption = None,
     history: HistoryOption = History.NONE,
 ) -> int:
-    """Copy a project into a running guest (again): what was in its folder there is replaced."""
+    """Copy a project into a running guest (again): what was in its folder there, and not accepted, is lost."""
     from vmsandbox.session.holding import effective_for
     from vmsandbox.session.sandbox import Sandbox
 
@@ -143,8 +144,8 @@ def stop(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", autocompletion=session_names)] = None,
     everything: Annotated[bool, typer.Option("--all", help="Stop every session.")] = False,
 ) -> int:
-    """End guests and remove everything of them but their records."""
-    from vmsandbox.session.folder import live_sessions
+    """End guests and remove everything of them but their records: what `changes` has not fetched is lost."""
+    from vmsandbox.session.folder import SessionFolder, live_sessions
     from vmsandbox.session.sandbox import Sandbox
     from vmsandbox.session.teardown import remove_damaged
 
@@ -156,11 +157,14 @@ def stop(
     unknown: list[str] = []
     for one in chosen:
         try:
-            sandbox = Sandbox.attach(one, layout=layout)
-            left = sandbox.close("stopped")
-            tell_differences(sandbox.differs)
+            if SessionFolder(layout, one).is_without_record:
+                left = remove_damaged(layout, one)
+            else:
+                sandbox = Sandbox.attach(one, layout=layout)
+                left = sandbox.close("stopped")
+                tell_differences(sandbox.differs)
         except UserInputError as error:
-            if not everything or (layout.live / one).exists():  # else it has ended by itself since it was listed
+            if not everything:  # else it has ended by itself since it was listed
                 unknown.append(error.brief)  # the others are stopped all the same
             continue
         except HostError:
@@ -182,6 +186,19 @@ def keep_start(sandbox: Sandbox) -> None:
         take_snapshot(sandbox, START)
     except (HostError, GuestError) as error:
         sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
+
+
+def _refuse_beside_origin(
+    image: str | None, memory: int | None, vcpus: int | None, ssh_ports: int, history: History, empty: bool
+) -> None:
+    asked = {"--image": image, "--memory": memory, "--vcpus": vcpus, "--empty": empty}
+    words = [word for word, value in asked.items() if value]
+    words += ["--ssh-ports"] * (ssh_ports != 6) + ["--history"] * (history is not History.NONE)
+    if words:
+        raise UserInputError(
+            f"a session that begins as a snapshot has what that one had: {', '.join(words)} cannot be chosen",
+            resolution=f"omit {' '.join(words)}, or start one without --from",
+        )
 
 
 def _forked(

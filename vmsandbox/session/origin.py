@@ -19,6 +19,7 @@ from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.made import made_of, unlike
 from vmsandbox.session.plan import Origin, Prepared
+from vmsandbox.session.recovery import finish_rollback
 from vmsandbox.session.snapshots import copy_known, known_facts, snapshot_of
 
 if TYPE_CHECKING:
@@ -39,15 +40,18 @@ def standing_on(origin: Origin | None, prepared: Prepared, layout: Layout, progr
         yield prepared
         return
     folder = SessionFolder(layout, origin.name)
-    info = folder.info()
+    folder.info()  # there is one
+    if folder.is_between_guests:
+        finish_rollback(folder)
     with guest_locked(folder, shared=True):
+        info = folder.info()
         snapshot = snapshot_of(folder, info, origin.tag)
         differences = unlike(made_of(folder, programs).prepared, prepared)
         if differences:
             raise RefusedError(
                 f"snapshot {origin.tag!r} of session {origin.name!r} was taken under something else than is asked for",
                 details="\n".join(differences),
-                resolution="name the same --policy, --image, --memory, --vcpus and --ssh-ports",
+                resolution="name the same --policy as that session had",
             )
         yield replace(prepared, template=snapshot)
 
