@@ -14,7 +14,7 @@ class Accelerator(StrEnum):
 
 
 class Grade(StrEnum):
-    """How well a session is isolated, worked out from the live guest (DESIGN: isolation grade)."""
+    """How well a session is isolated, worked out from the live guest (SECURITY.md: isolation grades)."""
 
     ISOLATED = "isolated"
     SEPARATED = "separated"

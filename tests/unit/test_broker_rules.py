@@ -1,4 +1,4 @@
-"""HOSTILE.md G at the broker's door: which hosts, ports and addresses a guest reaches, whatever it writes."""
+"""Hostile names and addresses at the broker's door: what a guest reaches, whatever it writes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ app = typer.Typer(
 for module in (session, guests, snapshots, returning, looking, network, connect, host):
     module.register(app)
 app.add_typer(images.app, name="image", help="Build, list, verify and remove images.")
-app.add_typer(policy.app, name="policy", help="Check, show and compare policies.")
+app.add_typer(policy.app, name="policy", help="Check, show, compare, import and sign policies; timers.")
 
 
 # UsageError of click, which older versions of typer import and newer ones have their own copy of.

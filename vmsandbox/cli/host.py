@@ -65,7 +65,9 @@ def gc(
     templates: Annotated[bool, typer.Option("--templates", help="Also templates that no session uses now.")] = False,
     older_than: Annotated[
         float | None,
-        typer.Option("--older-than", metavar="DAYS", min=0, help="Also records of sessions that ended so long ago."),
+        typer.Option(
+            "--older-than", metavar="DAYS", min=0, help="Also records of sessions that ended more than DAYS ago."
+        ),
     ] = None,
     new_ledger: Annotated[
         bool, typer.Option("--new-ledger", help="First set a damaged ledger aside and begin another one.")

@@ -29,7 +29,11 @@ ImageOption = Annotated[
 ]
 NetOption = Annotated[
     NetworkMode | None,
-    typer.Option("--net", help="What the guest may reach.", show_default="the policy's network.mode, else none"),
+    typer.Option(
+        "--net",
+        help="none: nothing; proxy: the policy's hosts, without a card; filtered: the same through one.",
+        show_default="the policy's network.mode, else none",
+    ),
 ]
 LearnOption = Annotated[
     bool, typer.Option("--learn", help="Let through what no rule allows, and propose the rules for it.")
@@ -44,7 +48,9 @@ HistoryOption = Annotated[
 CommitsOption = Annotated[
     bool, typer.Option("--commits", help="Take the guest's commits too, as refs/vmsandbox/SESSION/BRANCH.")
 ]
-BackupOption = Annotated[bool, typer.Option("--backup/--no-backup", help="Keep the tree of before (`restore`).")]
+BackupOption = Annotated[
+    bool, typer.Option("--backup/--no-backup", help="Keep the project as it is now (see `restore`).")
+]
 EmulationOption = Annotated[
     bool, typer.Option("--allow-emulation", help="Go on without KVM. Emulation is NOT a security boundary.")
 ]
@@ -63,7 +69,7 @@ WaitOption = Annotated[
     typer.Option(
         "--wait",
         metavar="[=SECONDS]",
-        help="Queue where the host has no room for another guest now (for ever, or so long).",
+        help="Queue where the host has no room for another guest now: --wait for ever, --wait=60 for 60 s.",
         show_default="refuses",
     ),
 ]

@@ -161,7 +161,7 @@ def _prologue(newer: dict[str, list[Rule]], others: tuple[str, ...], title: str)
             raise UserInputError(
                 f"the seccomp profile {title} cannot be compiled here: {rules[0].where}",
                 details=f"this host's libseccomp is too old for conditions on {name}",
-                resolution="leave them away, or take a newer libseccomp",
+                resolution="leave them out, or take a newer libseccomp",
             )
         numbers = [_NEWER[name], *([_NEWER[name] | _X32_BIT] if "SCMP_ARCH_X32" in others else [])]
         for number in numbers:

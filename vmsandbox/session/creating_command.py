@@ -54,7 +54,7 @@ class _Deadline:
         if taken > SECONDS:
             raise GuestError(
                 f"session.post_create did not end in {SECONDS:g} seconds",
-                resolution="what takes so long belongs into an image: `vmsandbox image build`",
+                resolution="what takes so long belongs in an image: `vmsandbox image build`",
             )
         self._monitor.progress(0.2 + 0.4 * taken / SECONDS, 1, f"it runs for {taken:.0f} s")
         return False

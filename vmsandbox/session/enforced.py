@@ -158,7 +158,7 @@ class _Reading:
             raise RefusedError(
                 "the guest is not confined as the policy says",
                 details="\n".join(found),
-                resolution="stop this guest; `vmsandbox gc --templates` makes its template anew",
+                resolution="stop this guest; `vmsandbox gc --templates` removes its template, then a new one is made",
             )
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         seconds = round(time.monotonic() - began, 3)

@@ -69,7 +69,7 @@ class Meter:
             onward(untrusted if over <= 0 else untrusted[: max(len(untrusted) - over, 0)])
             if over > 0 and self._limit is not None:
                 self._sandbox.journal.append(events.LimitReached("output", self._limit))
-                raise LimitReachedError("output", self._limit, "more: resources.output of the policy")
+                raise LimitReachedError("output", self._limit, "raise resources.output in the policy")
 
         return write
 

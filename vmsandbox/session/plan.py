@@ -117,7 +117,7 @@ class SessionRequest:
             raise RefusedError(
                 f"the policy lets at most {cap!r} be taken without a person, not {self.accept.value!r}",
                 details=f"sandbox.return.accept: {cap}{where}",
-                resolution=f"--accept {cap}, or leave it away to be asked in a terminal",
+                resolution=f"--accept {cap}, or omit it to be asked in a terminal",
             )
 
     def _check_network(self) -> None:
@@ -127,7 +127,7 @@ class SessionRequest:
             raise RefusedError(
                 f"the policy allows network mode {allowed!r}, not {asked.value!r}",
                 details=f"sandbox.network.mode: {allowed}{where}",
-                resolution=f"change the policy, or leave --net {asked.value} away",
+                resolution=f"change the policy, or omit --net {asked.value}",
             )
         if self.learn and asked is NetworkMode.NONE:
             raise UserInputError("--learn needs a network", resolution="add --net proxy")

@@ -28,7 +28,7 @@ def renew_ledger(layout: Layout) -> Path:
     except LedgerError:
         pass
     else:
-        advice = "leave --new-ledger away"
+        advice = "omit --new-ledger"
         raise UserInputError("the ledger is not damaged", details=str(ledger.path), resolution=advice)
     try:
         aside = ledger.set_aside()

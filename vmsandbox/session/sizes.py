@@ -116,7 +116,7 @@ def _refused(policy: Policy, key: str, option: str, allowed: str) -> RefusedErro
     return RefusedError(
         f"the policy allows {allowed}, not {option}",
         details=f"sandbox.{key}{_where(policy)}",
-        resolution=f"change the policy, or leave {option} away",
+        resolution=f"change the policy, or omit {option}",
     )
 
 

@@ -20,7 +20,8 @@ from vmsandbox.render.timer import TimerPlan, render_units
 from vmsandbox.spec import Accept
 
 _RUNNING = Path("/run/systemd/system")
-_PASSED_ON = ("VMSANDBOX_HOME", "VMSANDBOX_LIBVIRT_URI", "VMSANDBOX_QUOTA", "VMSANDBOX_DEBIAN_MIRROR", "XDG_DATA_HOME",
+_PASSED_ON = ("VMSANDBOX_HOME", "VMSANDBOX_LIBVIRT_URI", "VMSANDBOX_QUOTA", "VMSANDBOX_DEBIAN_MIRROR",
+              "VMSANDBOX_SECURITY_MIRROR", "XDG_DATA_HOME",
               "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME")  # fmt: skip
 
 
@@ -82,7 +83,9 @@ def install_timer(plan: TimerPlan, programs: Programs) -> list[Path]:
             files.append(folder / name)
     except OSError as error:
         raise HostError(
-            "the units cannot be written", details=str(error), resolution="make room or a way; then --install again"
+            "the units cannot be written",
+            details=str(error),
+            resolution="free disk space or make the folder writable, then run it with --install again",
         ) from error
     programs.run([*_systemctl(), "daemon-reload"])
     programs.run([*_systemctl(), "enable", "--now", f"{plan.name}.timer"])

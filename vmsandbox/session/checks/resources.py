@@ -14,7 +14,10 @@ from vmsandbox.session.checks.ledger import check_ledger
 
 GIB = 1 << 30
 ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
-ENOUGH_MEMORY, LEAST_MEMORY = GIB, GIB // 2  # one guest of the default shape needs half a GiB
+ENOUGH_MEMORY, LEAST_MEMORY = (
+    5 * GIB // 4,
+    9 * GIB // 8,
+)  # what admission asks for one guest, with and without a network
 
 
 def check_resources(host: Examined) -> list[CheckResult]:
@@ -36,7 +39,11 @@ def _disk(host: Examined) -> CheckResult:
     free, place = min(rooms)
     found = f"{free / GIB:.1f} GiB free at {place}"
     status = Status.OK if free >= ENOUGH_DISK else Status.WARN if free >= LEAST_DISK else Status.FAIL
-    remedy = "" if status is Status.OK else "make room (6 GiB), `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
+    remedy = (
+        ""
+        if status is Status.OK
+        else "free disk space until 6 GiB are available, `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
+    )
     return CheckResult("disk", "disk space", status, found, remedy)
 
 
@@ -49,7 +56,11 @@ def _memory(host: Examined) -> CheckResult:
     else:
         return CheckResult("memory", "memory", Status.WARN, "/proc/meminfo does not say", "")
     status = Status.OK if free >= ENOUGH_MEMORY else Status.WARN if free >= LEAST_MEMORY else Status.FAIL
-    remedy = "" if status is Status.OK else "end something: a guest needs 512 MiB, and the host its own"
+    remedy = (
+        ""
+        if status is Status.OK
+        else "end something: a guest needs 640 MiB (736 with a network), and at least 512 MiB stay with the host"
+    )
     return CheckResult("memory", "memory", status, f"{free / GIB:.1f} GiB available", remedy)
 
 

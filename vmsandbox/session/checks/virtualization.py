@@ -106,7 +106,7 @@ def check_libvirt(host: Examined, open_host: OpenHost) -> tuple[CheckResult, tup
     except VmsandboxError as error:
         found = f"{error.brief}: {error.details}" if error.details else error.brief
     except ImportError as error:
-        remedy = "install vmsandbox with its dependencies (pip install vmsandbox)"
+        remedy = "install vmsandbox with its dependencies (`make setup`, or `pip install .` in a checkout)"
         found = f"libvirt's Python bindings cannot be loaded: {error}"
         return CheckResult("libvirt", title, Status.FAIL, found, remedy), None
     else:
