@@ -44,6 +44,9 @@ def test_every_command_of_the_contract_has_help(home: Path) -> None:
         (["exec", "n", "--", "sh", "-c", "a -- b", "--", "x"], ["exec", "n"], ["sh", "-c", "a -- b", "--", "x"]),
         (["session", "--"], ["session"], None),
         (["--", "rm"], [], ["rm"]),
+        (["start", "--wait"], ["start", "--wait=forever"], None),
+        (["session", "--wait=9", "--", "x", "--wait"], ["session", "--wait=9"], ["x", "--wait"]),
+        (["exec", "n", "x", "--wait"], ["exec", "n", "x", "--wait"], None),
     ],
 )
 def test_all_behind_the_first_two_dashes_is_the_guests(

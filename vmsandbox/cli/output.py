@@ -30,7 +30,9 @@ def split_command(argv: list[str]) -> list[str]:
 
 
 def _with_value(argv: list[str]) -> list[str]:
-    """Click knows no options that may have a value: `--wait` is `--wait=forever`."""
+    """Click knows no options that may have a value: `--wait` is `--wait=forever`, where it is ours."""
+    if argv[:1] not in (["session"], ["start"]):
+        return argv  # the words of `exec` are the guest's
     return [f"{word}={FOREVER}" if word == "--wait" else word for word in argv]
 
 
