@@ -252,9 +252,21 @@ def test_disk_space(layout: Layout, root: Path, monkeypatch: pytest.MonkeyPatch,
     assert by_id(check_resources(examined(layout, root)), "disk").status is status
 
 
-@pytest.mark.parametrize(("kib", "status"), [(400_000, Status.FAIL), (900_000, Status.WARN), (1_100_000, Status.OK)])
-def test_memory(layout: Layout, root: Path, kib: int, status: Status) -> None:
-    write(root, "/proc/meminfo", f"MemFree: 1 kB\nMemAvailable: {kib} kB\n")
+@pytest.mark.parametrize(
+    ("total", "free", "status"),
+    [
+        (4, 1151, Status.FAIL),
+        (4, 1153, Status.WARN),
+        (4, 1249, Status.OK),
+        (40, 2687, Status.FAIL),
+        (40, 2785, Status.OK),
+    ],
+)
+def test_memory_is_enough_where_a_session_is_not_refused(
+    layout: Layout, root: Path, total: int, free: int, status: Status
+) -> None:
+    """total: in GiB. free: in MiB."""
+    write(root, "/proc/meminfo", f"MemTotal: {total << 20} kB\nMemFree: 1 kB\nMemAvailable: {free << 10} kB\n")
     assert by_id(check_resources(examined(layout, root)), "memory").status is status
 
 

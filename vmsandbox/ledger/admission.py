@@ -59,8 +59,12 @@ class Room:
         available, total = _memory()
         place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
         disk = os.statvfs(place)
-        margin = max(_MARGIN_MEMORY, total // _MARGIN_SHARE)
-        return cls(available - margin, disk.f_bavail * disk.f_frsize - _MARGIN_DISK)
+        return cls(available - margin_of(total), disk.f_bavail * disk.f_frsize - _MARGIN_DISK)
+
+
+def margin_of(total: int) -> int:
+    """Bytes of a host's memory that no session gets."""
+    return max(_MARGIN_MEMORY, total // _MARGIN_SHARE)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import pwd
 
+from vmsandbox.ledger.admission import margin_of
 from vmsandbox.session.checks import CheckResult, Examined, Status, install_line
 from vmsandbox.session.checks.card import check_card
 from vmsandbox.session.checks.ledger import check_ledger
 
 GIB = 1 << 30
 ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
-ENOUGH_MEMORY, LEAST_MEMORY = (
-    5 * GIB // 4,
-    9 * GIB // 8,
-)  # what admission asks for one guest, with and without a network
+GUEST_MEMORY, NETWORK_MEMORY = (
+    640 << 20,
+    96 << 20,
+)  # what is reserved for a guest of the usual size, and for its network
 
 
 def check_resources(host: Examined) -> list[CheckResult]:
@@ -48,20 +49,16 @@ def _disk(host: Examined) -> CheckResult:
 
 
 def _memory(host: Examined) -> CheckResult:
-    for line in (host.read("/proc/meminfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            free = int(value.split()[0]) * 1024
-            break
-    else:
+    lines = (line.partition(":") for line in (host.read("/proc/meminfo") or "").splitlines())
+    sizes = {key: int(value.split()[0]) * 1024 for key, _, value in lines if value.endswith(" kB")}
+    if "MemAvailable" not in sizes:
         return CheckResult("memory", "memory", Status.WARN, "/proc/meminfo does not say", "")
-    status = Status.OK if free >= ENOUGH_MEMORY else Status.WARN if free >= LEAST_MEMORY else Status.FAIL
-    remedy = (
-        ""
-        if status is Status.OK
-        else "end something: a guest needs 640 MiB (736 with a network), and at least 512 MiB stay with the host"
-    )
-    return CheckResult("memory", "memory", status, f"{free / GIB:.1f} GiB available", remedy)
+    free, stays = sizes["MemAvailable"], margin_of(sizes.get("MemTotal", 0))
+    least = GUEST_MEMORY + stays
+    status = Status.FAIL if free < least else Status.WARN if free < least + NETWORK_MEMORY else Status.OK
+    remedy = f"end something: a guest needs 640 MiB, 736 with a network, and {stays >> 20} MiB stay with the host"
+    found = f"{free / GIB:.1f} GiB available"
+    return CheckResult("memory", "memory", status, found, "" if status is Status.OK else remedy)
 
 
 def _user_namespaces(host: Examined) -> CheckResult:
