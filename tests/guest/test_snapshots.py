@@ -59,6 +59,11 @@ def changes_of(guest: Guest) -> tuple[list[str], list[str], list[str]]:
     return modified, deleted, added
 
 
+def state_of(guest: Guest) -> str:
+    """As libvirt says: "running", "paused" …"""
+    return subprocess.run(["virsh", "-q", "domstate", guest.info.uuid], capture_output=True, text=True).stdout.strip()
+
+
 def rollbacks_of(guest: Guest) -> list[str]:
     """The UUIDs of the guests that they brought, by the journal."""
     entries = guest.folder.journal(guest.info.id).read()
@@ -247,12 +252,21 @@ def test_a_guest_that_is_frozen_while_a_snapshot_is_taken_stays_so(snapped: Gues
     try:
         with switched_on(freeze):
             take_snapshot(Sandbox.attach("snapped", layout=snapped.cli.layout), "icy")
-        state = subprocess.run(["virsh", "-q", "domstate", snapped.info.uuid], capture_output=True, text=True).stdout
-        assert state.strip() == "paused"
+        assert state_of(snapped) == "paused"
         snapped.cli("thaw", "snapped")
         assert snapped.sh("echo alive") == "alive"
     finally:
         snapped.cli("snapshots", "snapped", "--remove", "icy")
+
+
+def test_a_guest_is_frozen_though_it_cannot_be_written_down(snapped: Guest) -> None:
+    mark = snapped.folder.path / "frozen"
+    mark.mkdir()
+    freeze_guest(snapped.folder, snapped.info, by="broker", reason="a test")
+    assert state_of(snapped) == "paused"
+    mark.rmdir()
+    subprocess.run(["virsh", "-q", "resume", snapped.info.uuid], capture_output=True)
+    assert snapped.sh("echo alive") == "alive"
 
 
 def test_one_run_at_a_time_in_a_guest_that_stays(cli: Cli) -> None:

@@ -25,10 +25,11 @@ def freeze_guest(folder: SessionFolder, info: SessionInfo, *, by: str, reason: s
     """Stop a guest's processors. Raises HostError if libvirt cannot; a guest that is frozen stays so."""
     from vmsandbox.hypervisor.connection import Host
 
-    # Written before: whoever lets the guest go on after a snapshot looks for it afterwards (`stay_frozen`).
     is_new = not is_frozen(folder)
-    mark = folder.path / "frozen"
-    write_text(mark, json.dumps({"by": by, "reason": reason, "uuid": info.uuid}))
+    mark, text = folder.path / "frozen", json.dumps({"by": by, "reason": reason, "uuid": info.uuid})
+    # Written before: whoever lets the guest go on after a snapshot looks for it afterwards (`stay_frozen`).
+    with suppress(OSError):  # a full disk keeps no guest from being stopped
+        write_text(mark, text)
     try:
         with closing(Host.open()) as host:
             host.suspend(info.uuid)
@@ -36,6 +37,8 @@ def freeze_guest(folder: SessionFolder, info: SessionInfo, *, by: str, reason: s
         if is_new:
             mark.unlink(missing_ok=True)
         raise
+    if not is_frozen(folder):
+        write_text(mark, text)
     folder.journal(info.id).append(events.GuestFrozen(by, reason))
 
 
