@@ -15,10 +15,8 @@ from vmsandbox.session.checks.ledger import check_ledger
 
 GIB = 1 << 30
 ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
-GUEST_MEMORY, NETWORK_MEMORY = (
-    640 << 20,
-    96 << 20,
-)  # what is reserved for a guest of the usual size, and for its network
+GUEST_MEMORY = 640 << 20  # reserved for a guest of the usual size (`session.admitting`)
+NETWORK_MEMORY = 96 << 20  # for its broker
 
 
 def check_resources(host: Examined) -> list[CheckResult]:
@@ -40,12 +38,8 @@ def _disk(host: Examined) -> CheckResult:
     free, place = min(rooms)
     found = f"{free / GIB:.1f} GiB free at {place}"
     status = Status.OK if free >= ENOUGH_DISK else Status.WARN if free >= LEAST_DISK else Status.FAIL
-    remedy = (
-        ""
-        if status is Status.OK
-        else "free disk space until 6 GiB are available, `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
-    )
-    return CheckResult("disk", "disk space", status, found, remedy)
+    remedy = "free disk space until 6 GiB are available, `vmsandbox gc`, or set VMSANDBOX_HOME to a larger disk"
+    return CheckResult("disk", "disk space", status, found, "" if status is Status.OK else remedy)
 
 
 def _memory(host: Examined) -> CheckResult:
