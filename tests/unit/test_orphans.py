@@ -190,6 +190,7 @@ def test_a_guest_that_a_killed_rollback_left_beside_the_sessions_own_is_ended(
 )  # fmt: skip
 def test_a_row_that_no_program_of_ours_wrote_removes_nothing(layout: Layout, host: Host, kind: Kind, name: str) -> None:
     (layout.templates / ("0" * 32)).mkdir()
+    (layout.templates / ("0" * 32) / "manifest.json").write_text("{}")
     (layout.images / "base/3ce15f1fa58742f6").mkdir(parents=True)
     by_another(lambda: Ledger.of(layout).plan("s", (kind, name)))
     before = {path for path in layout.live.parent.rglob("*") if "ledger" not in path.name}
