@@ -13,9 +13,12 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Whoever starts the tests in the background of a script has Ctrl-C ignored by all that they start, and some send it.
+# Whoever starts the tests in the background of a script, or with nohup, has Ctrl-C or a hangup ignored by all that they
+# start, and some send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
