@@ -58,6 +58,22 @@ def test_all_behind_the_first_two_dashes_is_the_guests(
 
 @pytest.mark.parametrize(
     "words",
+    [
+        ("--memory", "600"),
+        ("--vcpus", "1"),
+        ("--image", "base"),
+        ("--ssh-ports", "2"),
+        ("--history", "full"),
+        ("--empty",),
+    ],
+)
+def test_what_a_session_that_begins_as_a_snapshot_cannot_choose(home: Path, words: tuple[str, ...]) -> None:
+    done = run(home, "start", "--from", "a:b", *words)
+    assert done.returncode == 125 and f"{words[0]} cannot be chosen" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
     [("no-such-command",), ("session", "--no-such-option"), ("session", "--memory", "lots"),
      ("session", "--net", "wifi"), ("session", "--accept", "everything"), ("image", "nonsense")],
 )  # fmt: skip

@@ -27,6 +27,7 @@ from vmsandbox.process import Programs
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon, share_available
 from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.freezing import forget_frozen
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
 from vmsandbox.session.info import SessionInfo, new_session_id
@@ -272,6 +273,20 @@ def test_the_time_of_a_session_that_stays(folder: SessionFolder, guest_process: 
     while folder.journal(info.id).read()[-1]["kind"] != "session.closed":
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_only_the_guest_that_is_gone_is_not_frozen_any_more(folder: SessionFolder) -> None:
+    gone = info_of()
+    folder.claim(gone)
+    mark = folder.path / "frozen"
+    for text, stays in (
+        ('{"uuid": "of-another"}', True),
+        (f'{{"uuid": "{gone.uuid}"}}', False),
+        ('{"by": "x"}', False),
+    ):
+        mark.write_text(text)
+        forget_frozen(folder, gone)
+        assert mark.exists() == stays
 
 
 def test_a_limit_that_cannot_be_written_down_ends_the_session_too(folder: SessionFolder, guest_process: Any) -> None:

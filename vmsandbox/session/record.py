@@ -155,8 +155,9 @@ class Record:
         stands = self.base() == before  # else the guest has another tree than the one that came back
         for name in (_OF_RETURN, *(["base.jsonl"] if stands else [])):
             fresh = self.folder / f"{name}.new"
-            fresh.write_bytes(b"".join(now.lines()))
-            fresh.replace(self.folder / name)
+            with suppress(FileNotFoundError):  # a push has removed the quarantine meanwhile
+                fresh.write_bytes(b"".join(now.lines()))
+                fresh.replace(self.folder / name)
 
     def quarantine(self) -> Quarantine:
         """What came back last. Raises UserInputError if nothing did; GuestError or HostError if it is damaged."""
