@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import pty
 import signal
 import subprocess
@@ -87,6 +88,12 @@ def test_an_approval_is_for_the_tree_that_was_reviewed(ended: Ended) -> None:
     assert b"without a person" in ended("accept", status=126).stderr
     assert read_tree(ended.project) == before
     assert "src/b.py" in ended.json("accept", "--all", "--digest", ended.digest[:12])["applied"]
+
+
+def test_what_was_accepted_is_noted_though_a_push_removed_the_rest(ended: Ended) -> None:
+    shutil.rmtree(ended.record.folder / "quarantine")
+    ended.record.set_base(ended.record.base_of_return(), manifest_of(NEW))
+    assert ended.record.base() == manifest_of(NEW)
 
 
 def test_a_quarantine_that_was_tampered_with_is_refused(ended: Ended) -> None:
