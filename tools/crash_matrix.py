@@ -72,6 +72,11 @@ class Scenario:
     prepare: Callable[[Home, Path], None] = lambda _home, _project: None
     clean: Callable[[Home, Path], None] = lambda _home, _project: None
     goes_on: bool = False  # the kept guest has to be there afterwards
+    begins: bool = False  # a guest stays only where it succeeds: else there is nothing to clean
+
+
+def _start(project: Path, _number: int) -> list[str]:
+    return ["start", str(project), "--name", "cm-kept"]
 
 
 def _kept(home: Home, project: Path) -> None:
@@ -111,6 +116,7 @@ SCENARIOS = (
         "session",
         lambda project, _: ["session", str(project), "--name", "cm", "--accept", "all", "--", "sh", "-c", WORK],
     ),
+    Scenario("start", _start, clean=_stop, begins=True),
     Scenario("stop", lambda _project, _: ["stop", "cm-kept"], _kept, _stop),
     Scenario("snapshot", lambda _project, _: ["snapshot", "cm-kept", "tag"], _kept, _stop, goes_on=True),
     Scenario("rollback", lambda _project, _: ["rollback", "cm-kept"], _kept, _stop, goes_on=True),
@@ -175,7 +181,8 @@ def run_case(home: Home, scenario: Scenario, step: str, fault: str, folder: Path
             if done.returncode:
                 outcome.problems.append(f"the guest does not go on: {done.stderr.decode(errors='replace')[-300:]}")
     finally:
-        scenario.clean(home, project)
+        if not scenario.begins or outcome.status == 0:
+            scenario.clean(home, project)
     _check_cleaned(home, outcome, before)
     outcome.project = project_state(project)
     if outcome.project == "mixed":

@@ -85,7 +85,8 @@ def test_what_must_stay_stays_and_is_listed(fork: Callable[..., Guest], tmp_path
     assert sorted(path.name for path in root.iterdir() if path.name.startswith(("new", "moved"))) == []
 
     # Pushed again, it is as on the host again.
-    guest.cli("push", guest.name, root, "--policy", root / "policy.yaml")
+    done = guest.cli("push", guest.name, root, "--policy", root / "policy.yaml")
+    assert b"changes of what came back before had not been accepted" in done.stderr
     assert guest.cli("changes", guest.name).stdout == b"no changes\n"
     assert guest.sh("cat edit.txt; ls new 2>&1; true").startswith("before\n")
 

@@ -96,6 +96,15 @@ def test_what_was_accepted_is_noted_though_a_push_removed_the_rest(ended: Ended)
     assert ended.record.base() == manifest_of(NEW)
 
 
+def test_what_goes_with_a_push_is_counted_and_goes_whole(ended: Ended) -> None:
+    open_now = len(ended.json("changes")["review"])
+    ended("accept", "src/b.py")
+    assert ended.record.drop_return() == open_now - 1 > 0
+    left = {path.name for path in ended.record.folder.iterdir() if not path.name.startswith("accepted")}
+    assert left == {"events.jsonl", "pushed.jsonl"}
+    assert ended.record.drop_return() == 0
+
+
 def test_a_quarantine_that_was_tampered_with_is_refused(ended: Ended) -> None:
     blob = ended.record.folder / "quarantine/blobs" / hashlib.sha256(b"x = 2\n").hexdigest()
     blob.chmod(0o600)
@@ -160,8 +169,10 @@ def test_a_killed_apply_is_undone_by_the_next_command(ended: Ended) -> None:
 
 
 def test_parts_of_a_killed_session_are_removed_from_its_record(ended: Ended) -> None:
-    for name in (".backup", "history-x", "commits-y", "quarantine.0a"):
+    for name in (".backup", "history-x", "commits-y", "quarantine.0a", ".gone-backup.0a"):
         (ended.record.folder / name).mkdir()
     layout = Layout.from_environment({"VMSANDBOX_HOME": str(ended.home)})
-    assert len(list(parts_in_records(layout))) == 4 and list(parts_in_records(layout)) == []
+    (layout.records / ".gone-another.0a" / "backup").mkdir(parents=True)
+    assert len(list(parts_in_records(layout))) == 6 and list(parts_in_records(layout)) == []
     assert {path.name for path in ended.record.folder.iterdir()} == {"events.jsonl", "pushed.jsonl", "quarantine"}
+    assert [path.name for path in layout.records.iterdir()] == [ID]

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from vmsandbox.hypervisor.launch import Machine, create_overlay, disk_errors
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
+from vmsandbox.removal import put_aside
 from vmsandbox.render import domain as domain_module
 from vmsandbox.render import seed as seed_module
 from vmsandbox.spec import Accelerator, GuestShape
@@ -38,7 +38,6 @@ _MAKERS = (
     Path(seed_module.__file__),
 )
 DISK, RAM, STATE, INITRD = "disk.qcow2", "ram", "state", "initrd"
-GONE = ".gone-"  # how the folder of a template begins that is being removed
 
 
 @dataclass(frozen=True)
@@ -196,8 +195,7 @@ class TemplateStore:
 
     def remove(self, key: str) -> None:
         """Delete a template, or what is left of one. Forks that run keep what they have opened. Raises OSError."""
-        gone = self.folder / f"{GONE}{key}.{secrets.token_hex(4)}"
-        (self.folder / key).rename(gone)  # nobody finds one that is half removed
+        gone = put_aside(self.folder / key)
         failpoint("template.gone")
         shutil.rmtree(gone)
 

@@ -29,6 +29,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.gitrepo import Repository, find_repository
 from vmsandbox.policy.gitrun import HostGit
 from vmsandbox.process import Programs
+from vmsandbox.removal import put_aside
 from vmsandbox.session.uncommitted import Base, uncommitted
 
 FOLDER = "backup"
@@ -127,7 +128,8 @@ def prune(layout: Layout, keep: int = KEEP, most_bytes: int = KEEP_BYTES) -> lis
     while left and _size([*left, *newest]) > most_bytes:
         removed.append(left.pop(0))
     for folder in removed:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            shutil.rmtree(put_aside(folder))
     return removed
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.template import GONE, TemplateStore, making_lock
+from vmsandbox.hypervisor.template import TemplateStore, making_lock
 from vmsandbox.image.store import ImageStore
 from vmsandbox.ledger.admission import drop_dead, someone_is_starting
 from vmsandbox.ledger.book import Ledger, LedgerError, Row
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
+from vmsandbox.removal import GONE
 from vmsandbox.render.domain import METADATA_NS
 from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 from vmsandbox.session.folder import SessionFolder, live_sessions

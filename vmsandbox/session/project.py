@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +28,7 @@ from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.history import HistoryMode, snapshot_on_the_way
 from vmsandbox.session.incoming import Incoming
 from vmsandbox.session.info import SessionInfo
+from vmsandbox.session.record import Record
 from vmsandbox.spec import PROJECTS
 
 if TYPE_CHECKING:
@@ -112,9 +112,7 @@ def push_project(
     (record / "pushed.jsonl").write_bytes(b"".join(manifest.lines()))
     if not small:
         baseline.write_bytes(untrusted_listing)  # last: never beside the manifest of an earlier push
-    # What came back of an earlier push cannot be judged by this one.
-    (record / "base.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(record / "quarantine", ignore_errors=True)
+    waiting = Record(record).drop_return()
     withheld = [row._asdict() for row in walk.withheld]
     (record / "withheld.json").write_text(json.dumps(withheld, indent=1))
     files = sum(1 for entry in walk.entries if entry.kind == "file")
@@ -123,6 +121,9 @@ def push_project(
     sandbox.folder.update(info)
     failpoint("push.recorded")
     incoming.tell()
+    if waiting:
+        changes = f"{waiting} change" + "s" * (waiting != 1)
+        sandbox.monitor.notice(f"{changes} of what came back before had not been accepted, and went with this push")
     if withheld:
         secret = [row.path for row in walk.withheld if row.reason.name in ("SECRET", "POLICY", "LINK")]
         ignored = len(withheld) - len(secret)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
+from vmsandbox.removal import put_aside
 from vmsandbox.session.backup import FOLDER as BACKUP
 from vmsandbox.session.backup import prune
 from vmsandbox.session.folder import live_sessions
@@ -133,8 +134,9 @@ def make_room(layout: Layout) -> Iterator[Removed]:
         if usage.total <= limit:
             return
         if (record / QUARANTINE).is_dir():
-            shutil.rmtree(record / QUARANTINE, ignore_errors=True)
-            yield Removed(QUARANTINE, record.name, f"{why}, and it ended more than {QUARANTINE_DAYS} days ago")
+            with suppress(OSError):
+                shutil.rmtree(put_aside(record / QUARANTINE))
+                yield Removed(QUARANTINE, record.name, f"{why}, and it ended more than {QUARANTINE_DAYS} days ago")
     measure(layout)
 
 
@@ -142,7 +144,7 @@ def remove_old_records(layout: Layout, days: float) -> Iterator[Removed]:
     """Remove the records of sessions that ended so long ago: journals, quarantines, backups."""
     for record in _ended_records(layout, days):
         with suppress(OSError):
-            shutil.rmtree(record)
+            shutil.rmtree(put_aside(record))
             yield Removed("record", record.name, f"nothing was written into it for {days:g} days")
 
 

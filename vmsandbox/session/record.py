@@ -36,6 +36,8 @@ from vmsandbox.paths import LEDGER, Layout
 from vmsandbox.policy.return_rules import narrowed
 from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
+from vmsandbox.removal import put_aside
+from vmsandbox.review.changes import compare
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown
 from vmsandbox.session.folder import SessionFolder
@@ -168,6 +170,16 @@ class Record:
                 resolution="`vmsandbox changes NAME` fetches them while the guest runs; `stop` does not",
             )
         return Quarantine.load(folder)
+
+    def drop_return(self) -> int:
+        """Remove what came back: another push cannot judge it. Returns how many changes of it were not accepted."""
+        waiting = 0
+        with suppress(VmsandboxError):
+            waiting = sum(compare(self.base_of_return(), self.quarantine().manifest).counts.values())
+        (self.folder / "base.jsonl").unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(put_aside(self.folder / "quarantine"))
+        return waiting
 
     def _manifest(self, name: str) -> Manifest:
         try:

@@ -25,6 +25,7 @@ from vmsandbox.hypervisor.launch import disk_errors
 from vmsandbox.hypervisor.snapshot import MANIFEST, Running, find_snapshot, go_on, publish_snapshot, take
 from vmsandbox.hypervisor.template import DISK, TemplateStore
 from vmsandbox.journal import events
+from vmsandbox.removal import GONE, put_aside
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.freezing import is_frozen, stay_frozen
 from vmsandbox.session.guestlock import guest_locked
@@ -169,9 +170,7 @@ def remove_snapshot(sandbox: Sandbox, tag: str) -> int:
         with suppress(OSError, ValueError, KeyError):
             row = _row(path)
             freed, parent = row.bytes, row.parent
-        gone = folder.snapshots / f".gone-{secrets.token_hex(4)}"
-        path.rename(gone)  # nobody finds one that is half removed
-        shutil.rmtree(gone)
+        shutil.rmtree(put_aside(path))
         for lock in folder.snapshots.glob(".*.memory"):
             lock.unlink()
         if _standing_on(folder) == tag:
@@ -218,7 +217,7 @@ def recover_snapshots(folder: SessionFolder, info: SessionInfo) -> list[str]:
 
     Call it under `guest_locked`. Raises HostError.
     """
-    left = [*folder.snapshots.glob(".taking-*"), *folder.snapshots.glob(".gone-*")]
+    left = [*folder.snapshots.glob(".taking-*"), *folder.snapshots.glob(f"{GONE}*")]
     if left and not is_frozen(folder):
         with closing(Host.open()) as host:
             go_on(host, info.uuid)

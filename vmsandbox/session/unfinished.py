@@ -15,11 +15,12 @@ from vmsandbox.apply.recovery import Recovered, pending, recover
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
+from vmsandbox.removal import GONE
 from vmsandbox.review.text import shown
 from vmsandbox.session.folder import live_sessions
 from vmsandbox.session.record import Record
 
-_PARTS = (".backup", "history-*", "commits-*", "quarantine.*")
+_PARTS = (".backup", "history-*", "commits-*", "quarantine.*", f"{GONE}*")
 
 
 class Part(NamedTuple):
@@ -49,6 +50,10 @@ def parts_in_records(layout: Layout) -> Iterator[Part]:
             alive.add(folder.info().id)
     for record in records:
         if record.name in alive:
+            continue
+        if record.name.startswith(GONE):
+            shutil.rmtree(record, ignore_errors=True)
+            yield Part(record.name, "its removal was interrupted")
             continue
         for pattern in _PARTS:
             for part in sorted(record.glob(pattern)):
