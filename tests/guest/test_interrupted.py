@@ -188,11 +188,23 @@ def test_a_guest_that_dies_under_a_command_is_an_error(fork: Callable[..., Guest
     assert status == 125 and b"broke" in stderr
 
 
-@pytest.mark.parametrize("place", ["session.ready", "push.sent", "push.recorded"])
+@pytest.mark.parametrize("place", ["session.ready", "push.sent", "push.recorded", "snapshot.disk"])
 def test_a_start_that_is_killed_before_all_is_in_force_leaves_no_guest(cli: Cli, big: Path, place: str) -> None:
     killed = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=kill"})
     killed("start", big.parent / "small", "--name", "early", status=-9)
     cli("gc")
+    assert not (cli.layout.live / "early").exists()
+
+
+def test_a_start_that_is_interrupted_while_its_start_is_kept_leaves_no_guest(cli: Cli, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    waiting = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"snapshot.memory=tell:{flag}"})
+    process = waiting.start("start", "--empty", "--name", "early")
+    wait_for(flag.exists, 60)
+    os.kill(process.pid, signal.SIGINT)
+    flag.unlink()
+    status, out, stderr = ended(process)
+    assert status == 130 and not out, stderr
     assert not (cli.layout.live / "early").exists()
 
 

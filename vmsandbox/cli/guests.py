@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,7 @@ from vmsandbox.cli.output import (
     print_json,
     tell_differences,
 )
-from vmsandbox.errors import GuestError, HostError, UserInputError, VmsandboxError
+from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.plan import SessionRequest
@@ -86,17 +87,15 @@ def start(
     """Start a guest with a project in it and leave it running, until `stop`."""
     if origin is not None:
         _refuse_beside_origin(image, memory, vcpus, ssh_ports, history, empty)
-        request, policy = _forked(origin, path, name, policy, net, learn, allow_emulation, wait)
+        request = _forked(origin, path, name, net, learn, allow_emulation, wait)
     else:
         request = SessionRequest(
             project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
             backup=backup, allow_emulation=allow_emulation, keep=True, memory_mib=memory, vcpus=vcpus,
             ssh_ports=ssh_ports, wait=patience(wait),
         )  # fmt: skip
-    sandbox = open_guest(request, policy)
+    sandbox = open_guest(replace(request, snapshot=snapshot), policy)
     sandbox.disconnect()
-    if snapshot:
-        keep_start(sandbox)
     if json:
         info = sandbox.info
         print_json({"name": info.name, "id": info.id, "grade": info.grade, "network": info.network})
@@ -178,16 +177,6 @@ def stop(
     return 0
 
 
-def keep_start(sandbox: Sandbox) -> None:
-    """Without room for it the guest is of use all the same, and says so when it is asked to roll back."""
-    from vmsandbox.session.snapshots import START, take_snapshot
-
-    try:
-        take_snapshot(sandbox, START)
-    except (HostError, GuestError) as error:
-        sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
-
-
 def _refuse_beside_origin(
     image: str | None, memory: int | None, vcpus: int | None, ssh_ports: int, history: History, empty: bool
 ) -> None:
@@ -205,12 +194,11 @@ def _forked(
     text: str,
     path: Path,
     name: str | None,
-    policy: Path | None,
     net: NetworkMode | None,
     learn: bool,
     emulation: bool,
     wait: str,
-) -> tuple[SessionRequest, Path | None]:
+) -> SessionRequest:
     """What a session asks for that begins as another's snapshot: all that it was, but for its name and network."""
     from vmsandbox.session.folder import SessionFolder
     from vmsandbox.session.origin import origin_of
@@ -218,12 +206,11 @@ def _forked(
     source = origin_of(text)
     info = SessionFolder(Layout.from_environment(), source.name).info()
     project = path if path != Path() else Path(info.project) if info.project else None
-    request = SessionRequest(
+    return SessionRequest(
         project=project, name=name, image=info.image, network=net or NetworkMode(info.network), learn=learn,
         backup=False, allow_emulation=emulation, keep=True, memory_mib=info.memory_mib, vcpus=info.vcpus,
         ssh_ports=info.ssh_ports, origin=source, wait=patience(wait),
     )  # fmt: skip
-    return request, policy
 
 
 def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:

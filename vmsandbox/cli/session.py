@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmsandbox.cli.guests import keep_start, open_guest, run_in, with_policy
+from vmsandbox.cli.guests import open_guest, run_in, with_policy
 from vmsandbox.cli.options import (
     AcceptOption,
     BackupOption,
@@ -81,8 +81,8 @@ def session(
     """
     request = SessionRequest(
         project=None if empty else path, name=name, image=image, network=net, learn=learn, history=history,
-        accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep or rollback, memory_mib=memory,
-        vcpus=vcpus, ssh_ports=ssh_ports, wait=patience(wait),
+        accept=accept, backup=backup, allow_emulation=allow_emulation, keep=keep or rollback, snapshot=rollback,
+        memory_mib=memory, vcpus=vcpus, ssh_ports=ssh_ports, wait=patience(wait),
     )  # fmt: skip
     keep = request.keep
     with ExitStack() as alone:
@@ -140,8 +140,6 @@ def _standing(request: SessionRequest, policy: Path | None, alone: ExitStack) ->
 
     sandbox = Sandbox.open(request.project, request=request, monitor=monitor)
     alone.enter_context(alone_in(sandbox.folder))
-    sandbox.disconnect()
-    keep_start(sandbox)
     return sandbox
 
 

@@ -66,6 +66,7 @@ class SessionRequest:
     history: of the guest's own repository. backup: keep the project's tree of before in the record.
     origin: a snapshot to begin with; the project is in it then, and `project` says only where it belongs to.
     accept: what shall be taken of the guest's work without a person; None: nothing has been said yet.
+    keep: the guest outlives its process. snapshot: so does its start, to be rolled back to (with `keep`).
     wait: seconds to wait for room on the host; None: for ever.
     held: policy is what the organisation's, the person's and the project's files say together (`session.holding`).
     """
@@ -81,6 +82,7 @@ class SessionRequest:
     backup: bool = True
     allow_emulation: bool = False
     keep: bool = False
+    snapshot: bool = False
     memory_mib: int | None = None
     vcpus: int | None = None
     ssh_ports: int = 6

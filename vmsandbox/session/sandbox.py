@@ -146,6 +146,10 @@ class Sandbox:
                 reserved = prepared.limits.memory_reserved_mib
                 if needs_watcher(asked.policy.session, reserved):
                     start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner, reserved)
+                if asked.snapshot:
+                    from vmsandbox.session.snapshots import keep_start
+
+                    keep_start(sandbox)
                 if asked.keep:  # last: one that was killed before is this process's, and goes with it
                     sandbox.disown()
             except BaseException as error:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsandbox.errors import HostError, UserInputError, VmsandboxError
+from vmsandbox.errors import GuestError, HostError, UserInputError, VmsandboxError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.launch import disk_errors
 from vmsandbox.hypervisor.snapshot import MANIFEST, Running, find_snapshot, go_on, publish_snapshot, take
@@ -123,6 +123,15 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
     row = _row(target)
     sandbox.journal.append(events.SnapshotTaken(tag, row.parent, row.bytes, row.pause))
     return row
+
+
+def keep_start(sandbox: Sandbox) -> None:
+    """Take the first one. Without room for it the guest is of use all the same, and says so when it is to roll back."""
+    sandbox.disconnect()  # else an sshd that serves nobody is in every guest that comes of it
+    try:
+        take_snapshot(sandbox, START)
+    except (HostError, GuestError) as error:
+        sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
 
 
 def snapshot_of(folder: SessionFolder, info: SessionInfo, tag: str | None, *, thoroughly: bool = False) -> Snapshot:
