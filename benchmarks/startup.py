@@ -46,7 +46,8 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import KERNEL_CMDLINE, DiskImage, DomainPlan, render_domain
 from vmsandbox.render.seed import render_seed
 from vmsandbox.session.identity import give_identity
-from vmsandbox.session.plan import SessionRequest, choose_accelerator, find_or_build
+from vmsandbox.session.plan import choose_accelerator, find_or_build
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.spec import WORKER, Accelerator, GuestShape
 

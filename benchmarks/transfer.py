@@ -30,7 +30,7 @@ from pathlib import Path
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session.collect import collect
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 Samples = dict[str, dict[str, list[float]]]

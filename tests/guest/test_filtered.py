@@ -34,7 +34,7 @@ from vmsandbox.policy.values import NetworkPolicy, NetworkRule, Policy
 from vmsandbox.render.network import CardPlan, bridge_of, name_prefix, table_of
 from vmsandbox.session import plan
 from vmsandbox.session.filtered import read_plan
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.spec import NetworkMode
 

@@ -23,8 +23,8 @@ from vmsandbox.policy.values import NetworkPolicy, Policy
 from vmsandbox.render.network import CardPlan
 from vmsandbox.session import plan
 from vmsandbox.session.filtered import read_plan
-from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.replug import MARK
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.session.snapshots import take_snapshot
 from vmsandbox.spec import NetworkMode

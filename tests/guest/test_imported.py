@@ -18,7 +18,7 @@ from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout
 from vmsandbox.policy.load import load_policy
 from vmsandbox.policy.syscalls_needed import missing_calls
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.session.watching import health_of
 

@@ -16,7 +16,7 @@ from vmsandbox.hypervisor.fork import DOMAIN_PREFIX
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
 from vmsandbox.render.domain import DiskImage
 from vmsandbox.session import inspection
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 CONNECT = """

@@ -17,7 +17,7 @@ from upstream import EVENT_SECONDS, EVENTS, Upstream
 from vmsandbox.errors import GuestError
 from vmsandbox.policy.load import load_policy
 from vmsandbox.session import plan
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 

@@ -27,7 +27,7 @@ from vmsandbox.session import starting
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.guest_settings import guest_environment
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from vmsandbox.policy.effective import effective_policy
 from vmsandbox.policy.values import CommandsPolicy, Policy, ResourcesPolicy
 from vmsandbox.session import holding
 from vmsandbox.session.asking import answered_by
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
+from vmsandbox.session.activity import activity_file
 from vmsandbox.session.background import background_is_alive
 from vmsandbox.session.balloon import Balloon, share_available
 from vmsandbox.session.folder import SessionFolder
@@ -31,8 +32,8 @@ from vmsandbox.session.freezing import forget_frozen
 from vmsandbox.session.guest_settings import guest_environment, guest_network
 from vmsandbox.session.health import Health
 from vmsandbox.session.info import SessionInfo, new_session_id
-from vmsandbox.session.limits import LimitReachedError, Meter, activity_file, ended_by_limit, limited
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.limits import LimitReachedError, Meter, ended_by_limit, limited
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.sizes import disk_free_of, refuse_grade
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.variables import guest_variables

@@ -26,7 +26,7 @@ from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guest_settings import guest_network
 from vmsandbox.session.host_addresses import own_addresses
 from vmsandbox.session.keeper import end_keeper, keeper_is_alive
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.spec import NetworkMode
 
 NASTY = "a \"b\" \\ $(c) 'd'"

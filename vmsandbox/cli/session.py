@@ -36,7 +36,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.limits import LimitReachedError
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.spec import Accept, History, NetworkMode
 
 if TYPE_CHECKING:

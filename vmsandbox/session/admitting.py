@@ -18,8 +18,8 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.plan import SessionRequest
 from vmsandbox.session.quotas import check_quota
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.spec import NetworkMode
 
 _MIB = 1 << 20

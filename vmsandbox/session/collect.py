@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vmsandbox.errors import GuestError, UserInputError, VmsandboxError
 from vmsandbox.failpoints import failpoint
@@ -27,9 +27,7 @@ from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown
 from vmsandbox.session.record import Record
-
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 SENDER = "/usr/lib/vmsandbox/vmsandbox-return"
 _PUSHED = ManifestLimits(bytes=1 << 30, entries=1_000_000)  # our own file
@@ -64,7 +62,9 @@ class Collected:
         return self.quarantine.manifest
 
 
-def collect(sandbox: Sandbox, *, limits: ReturnLimits | None = None, programs: Programs | None = None) -> Collected:
+def collect(
+    sandbox: RunningSandbox, *, limits: ReturnLimits | None = None, programs: Programs | None = None
+) -> Collected:
     """Fetch the guest's tree: only what was touched since the push travels.
 
     Raises:
@@ -83,7 +83,9 @@ def collect(sandbox: Sandbox, *, limits: ReturnLimits | None = None, programs: P
         return _collect(sandbox, record, limits, programs)
 
 
-def _collect(sandbox: Sandbox, record: Path, limits: ReturnLimits | None, programs: Programs | None) -> Collected:
+def _collect(
+    sandbox: RunningSandbox, record: Path, limits: ReturnLimits | None, programs: Programs | None
+) -> Collected:
     assert sandbox.info.guest_folder is not None
     began = time.monotonic()
     fresh = record / f"quarantine.{secrets.token_hex(4)}"
@@ -131,13 +133,13 @@ def refusal_text(refused: tuple[Refused, ...]) -> str:
     return f"in the guest, but not brought back: {listed}{more}"
 
 
-def baseline_file(sandbox: Sandbox) -> Path:
+def baseline_file(sandbox: RunningSandbox) -> Path:
     """Where the guest's own listing of what was just pushed is kept (untrusted; see receive.listing)."""
     return sandbox.folder.path / "baseline"
 
 
 @contextmanager
-def _alone(sandbox: Sandbox) -> Iterator[None]:
+def _alone(sandbox: RunningSandbox) -> Iterator[None]:
     """One return of a session at a time. Raises UserInputError if another one is under way."""
     fd = os.open(sandbox.folder.path / "collect.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -183,7 +185,7 @@ def _refused(pushed: Manifest, received: Received) -> tuple[Refused, ...]:
 
 def _with_last_words(error: VmsandboxError, channel: object) -> VmsandboxError:
     """The same error, with what the guest's sender said on its stderr."""
-    from vmsandbox.session.project import last_words
+    from vmsandbox.session.archive import last_words
 
     if isinstance(error, GuestError) and (words := last_words(channel)):
         error.details = f"{error.details}\nthe guest's sender said: {words}".strip()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmsandbox.errors import GuestError, HostError, RefusedError
 from vmsandbox.git.landing import land
@@ -27,9 +27,7 @@ from vmsandbox.review.returning import DeniedReturns
 from vmsandbox.review.text import shown, shown_bytes
 from vmsandbox.session.history import given_record, object_format
 from vmsandbox.session.record import Record
-
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 _PIECE = 256 << 10
 _REFS_BYTES = 256 << 10  # what the guest may say of its branches
@@ -59,7 +57,7 @@ class ReturnedCommits:
 
 
 def collect_commits(
-    sandbox: Sandbox, project: Path, programs: Programs, limits: PackLimits | None = None
+    sandbox: RunningSandbox, project: Path, programs: Programs, limits: PackLimits | None = None
 ) -> ReturnedCommits:
     """Take the guest's branches back, as `refs/vmsandbox/SESSION/BRANCH` of the project's repository.
 
@@ -121,7 +119,7 @@ def _why(touched: Touched | None) -> str:
     )
 
 
-def _untrusted_branches(sandbox: Sandbox, limits: PackLimits) -> tuple[dict[str, str], list[str]]:
+def _untrusted_branches(sandbox: RunningSandbox, limits: PackLimits) -> tuple[dict[str, str], list[str]]:
     """The guest's branches and their commits; and those whose names are not taken."""
     folder = sandbox.info.guest_folder
     assert folder is not None
@@ -160,7 +158,7 @@ def parse_untrusted_branches(untrusted: bytes, most: int) -> tuple[dict[str, str
     return tips, skipped
 
 
-def _receive(sandbox: Sandbox, revisions: Sequence[str], target: Path, limits: PackLimits) -> None:
+def _receive(sandbox: RunningSandbox, revisions: Sequence[str], target: Path, limits: PackLimits) -> None:
     """Stream a pack from the guest into a file; the limits hold whatever the guest does."""
     folder = sandbox.info.guest_folder
     assert folder is not None

@@ -39,9 +39,9 @@ from vmsandbox.process import Programs
 from vmsandbox.render.confinement import SHELL
 from vmsandbox.session.created_files import select_files
 from vmsandbox.session.creating_command import run_command
-from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.session.project import push_project
-from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.request import Prepared, SessionRequest
+from vmsandbox.session.running import RunningSandbox
 from vmsandbox.session.starting import claim, start_guest, write_opened
 from vmsandbox.spec import NO_LIMITS, NetworkMode
 
@@ -150,7 +150,7 @@ class _Maker:
         )  # fmt: skip
         prepared = replace(self.prepared, limits=NO_LIMITS)
         folder, info = claim(request, prepared, self.layout)
-        sandbox = Sandbox(self.layout, folder, info, self.monitor)
+        sandbox = RunningSandbox(self.layout, folder, info, self.monitor)
         making = self.store.folder / f".making-{info.uuid}"
         title = f"making template {creation.key[:12]} (session.post_create: {shown_command(creation.command)[:60]!a})"
         try:
@@ -170,7 +170,7 @@ class _Maker:
         sandbox.close(f"became the template {template.key[:12]}")
         return template
 
-    def _push(self, sandbox: Sandbox, project: Path) -> None:
+    def _push(self, sandbox: RunningSandbox, project: Path) -> None:
         only = partial(_selected, self.asked)
         sandbox.info = push_project(sandbox, project, self.asked.policy, self.programs, only=only)
         if sha256_of(sandbox.folder.record_folder(sandbox.info.id) / "pushed.jsonl") != self.creation.listing:
@@ -178,7 +178,7 @@ class _Maker:
                 "the project changed while its template was begun", resolution="stop what writes to it, and try again"
             )
 
-    def _freeze(self, sandbox: Sandbox, making: Path, began: float) -> Template:
+    def _freeze(self, sandbox: RunningSandbox, making: Path, began: float) -> Template:
         info, host = sandbox.info, self.host
         sandbox.disconnect()
         if sandbox.network_to_come is not None:

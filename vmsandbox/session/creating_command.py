@@ -20,7 +20,7 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.policy.fetchers import bundles_for, shown_command
 from vmsandbox.review.text import shown
 from vmsandbox.session.egress_log import FILE
-from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 SECONDS = 1800.0  # that it may take
 LAST_WORDS = 1.0  # seconds after its end
@@ -60,7 +60,7 @@ class _Deadline:
         return False
 
 
-def run_command(sandbox: Sandbox, command: Sequence[str], has_network: bool) -> None:
+def run_command(sandbox: RunningSandbox, command: Sequence[str], has_network: bool) -> None:
     """Run it as the worker, in the project's folder if there is one.
 
     Raises:
@@ -85,7 +85,7 @@ def run_command(sandbox: Sandbox, command: Sequence[str], has_network: bool) -> 
         )
 
 
-def _names(sandbox: Sandbox) -> set[str]:
+def _names(sandbox: RunningSandbox) -> set[str]:
     """What lies in the project's folder in the guest; untrusted, for a person alone."""
     if sandbox.info.guest_folder is None:
         return set()
@@ -98,13 +98,13 @@ def _names(sandbox: Sandbox) -> set[str]:
     return set(untrusted.decode("utf-8", "replace").splitlines())
 
 
-def _to_its_end(sandbox: Sandbox, started: Any, keep: Sink) -> int:
+def _to_its_end(sandbox: RunningSandbox, started: Any, keep: Sink) -> int:
     with closing(started) as channel:
         return join_streams(channel, None, keep, keep, attention=_Deadline(sandbox.monitor, channel))
 
 
 def _failure(
-    sandbox: Sandbox, command: Sequence[str], status: int, untrusted: bytes, has_network: bool
+    sandbox: RunningSandbox, command: Sequence[str], status: int, untrusted: bytes, has_network: bool
 ) -> VmsandboxError:
     if sandbox.network_to_come is not None:
         sandbox.network_to_come.close()  # its log is whole then

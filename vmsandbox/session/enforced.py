@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmsandbox.errors import GuestError, RefusedError
 from vmsandbox.guest.control import ControlPort
@@ -31,9 +31,7 @@ from vmsandbox.render.readback import (
     parse_facts,
     script_of,
 )
-
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 GUARD_DEADLINE = 20.0  # seconds
 READ_DEADLINE = 30.0
@@ -41,7 +39,7 @@ _MOST = 1 << 20  # bytes of facts
 
 
 @contextmanager
-def enforced(sandbox: Sandbox, policy: Policy, project: Path | None, folder: str | None) -> Iterator[None]:
+def enforced(sandbox: RunningSandbox, policy: Policy, project: Path | None, folder: str | None) -> Iterator[None]:
     """Around a push: the project is open within, guarded and read back afterwards.
 
     Args:
@@ -114,7 +112,7 @@ def _through_link(root: str, name: str) -> bool:
     return any(Path(root, *parts[:depth]).is_symlink() for depth in range(1, len(parts)))
 
 
-def _tell(sandbox: Sandbox, request: dict[str, Any]) -> None:
+def _tell(sandbox: RunningSandbox, request: dict[str, Any]) -> None:
     with closing(ControlPort(sandbox.folder.run / "control")) as control:
         try:
             control.request("project", deadline=GUARD_DEADLINE, **request)
@@ -130,7 +128,7 @@ def _tell(sandbox: Sandbox, request: dict[str, Any]) -> None:
 class _Reading:
     """The worker's shell that tells what is in force. Started before the push, so that it costs no time of its own."""
 
-    def __init__(self, sandbox: Sandbox, policy: Policy, project: Expected | None) -> None:
+    def __init__(self, sandbox: RunningSandbox, policy: Policy, project: Expected | None) -> None:
         self._sandbox = sandbox
         self._expected, self._project = expected_of(policy), project
         self._channel = sandbox.shell().evaluate(script_of(self._expected, project))
@@ -180,6 +178,6 @@ class _Reading:
         return bytes(untrusted)
 
     def _last_words(self) -> str:
-        from vmsandbox.session.project import last_words
+        from vmsandbox.session.archive import last_words
 
         return last_words(self._channel)

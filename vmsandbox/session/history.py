@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vmsandbox.errors import HostError, RefusedError, UserInputError
 from vmsandbox.failpoints import failpoint
@@ -26,9 +26,7 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.review.manifest import Manifest, parse_untrusted_manifest
 from vmsandbox.review.text import shown
-
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 HistoryMode = Literal["none", "shallow", "full"]
 _RECORD = "history.json"
@@ -91,7 +89,7 @@ def snapshot_on_the_way(
 
 
 def give_history(
-    sandbox: Sandbox, project: Path, mode: HistoryMode, policy: Policy, programs: Programs
+    sandbox: RunningSandbox, project: Path, mode: HistoryMode, policy: Policy, programs: Programs
 ) -> GivenRecord | None:
     """Put a repository beside the pushed files, unless one came with them; call it after each push.
 
@@ -184,9 +182,9 @@ def object_format(git: HostGit) -> str:
     return "sha256" if found.status == 0 and found.text.strip() == "sha256" else "sha1"
 
 
-def _send(sandbox: Sandbox, repository: GuestRepository, target: str) -> None:
+def _send(sandbox: RunningSandbox, repository: GuestRepository, target: str) -> None:
     """Copy `.git` in, as an archive of the same kind as the project itself."""
-    from vmsandbox.session.project import PORT, UNTAR, send_archive
+    from vmsandbox.session.archive import PORT, UNTAR, send_archive
 
     def fill(write: Callable[[bytes], None]) -> None:
         pack_files(_members(repository), write)

@@ -16,7 +16,7 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.spec import NetworkMode
 
 if TYPE_CHECKING:
-    from vmsandbox.session.plan import SessionRequest
+    from vmsandbox.session.request import SessionRequest
 
 
 def held(asked: SessionRequest, named: Policy | Path | None, monitor: Monitor) -> SessionRequest:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.guest.pack import pack
@@ -20,9 +19,7 @@ from vmsandbox.policy.values import PushPolicy
 from vmsandbox.review.incoming import KINDS, MOST, Found, IncomingScan, Scanned
 from vmsandbox.review.manifest import Manifest
 from vmsandbox.review.text import shown
-
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 FINDINGS = "findings.json"
 _TOLD = 8  # findings in a notice
@@ -37,7 +34,7 @@ _WORDS = {
 class Incoming:
     """The look at one push. `on_content` is for `pack`; None where all was looked at before."""
 
-    def __init__(self, sandbox: Sandbox, walk: Walk, policy: PushPolicy) -> None:
+    def __init__(self, sandbox: RunningSandbox, walk: Walk, policy: PushPolicy) -> None:
         self._sandbox, self._walk = sandbox, walk
         self._refused = {kind for kind in KINDS if getattr(policy, kind) == "refuse"}
         self._scan = IncomingScan({one.path: one.target or "" for one in walk.entries if one.kind == "symlink"})
@@ -117,7 +114,7 @@ def _rows(findings: list[Found], total: int) -> list[str]:
     return rows + ([f"and {total - len(rows)} more"] if total > len(rows) else [])
 
 
-def _write_down(sandbox: Sandbox, scanned: Scanned, refused: bool) -> None:
+def _write_down(sandbox: RunningSandbox, scanned: Scanned, refused: bool) -> None:
     rows: list[dict[str, object]] = [one._asdict() for one in scanned.findings]
     record = sandbox.folder.record_folder(sandbox.info.id)
     (record / FINDINGS).write_text(json.dumps(rows, indent=1))

@@ -18,7 +18,7 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.plan import Prepared
+from vmsandbox.session.request import Prepared
 from vmsandbox.session.sizes import refuse_grade
 
 

@@ -1,25 +1,21 @@
 """What a command may write, and how an end by a limit is told: what the commands of this host have in common.
 
-A session's time and idleness are watched by a process of its own (`session.watcher`), which sees what all others do by
-the time of one file: without it a guest that somebody works in from another terminal would end as idle.
+A session's time and idleness are watched by a process of its own (`session.watcher`).
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 from vmsandbox.errors import GuestError, JournalError, VmsandboxError
 from vmsandbox.journal import events
+from vmsandbox.session.activity import note_activity
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
-
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.running import RunningSandbox
 
 EXIT_TIME = 124  # as timeout(1)
 EXIT_OUTPUT = 153  # as a shell tells of a program that wrote more than `ulimit -f`: 128 + SIGXFSZ
@@ -46,7 +42,7 @@ class LimitReachedError(VmsandboxError):
 class Meter:
     """Counts what one command writes, and notes that something is going on in its session."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: RunningSandbox) -> None:
         self._sandbox = sandbox
         self._limit = sandbox.info.output_bytes
         self._written = 0
@@ -75,7 +71,7 @@ class Meter:
 
 
 @contextmanager
-def limited(sandbox: Sandbox) -> Iterator[Meter]:
+def limited(sandbox: RunningSandbox) -> Iterator[Meter]:
     """Around one command: what it writes is counted, and an end of the session by a limit is told as such.
 
     Raises:
@@ -111,17 +107,6 @@ def ended_at_limit(channel: Any) -> Iterator[None]:
         send_signal(channel, "KILL")
         channel.close()
         raise
-
-
-def activity_file(folder: SessionFolder) -> Path:
-    """The file whose time of change says when something was last done in the session. Not there: nobody asks."""
-    return folder.path / "activity"
-
-
-def note_activity(folder: SessionFolder) -> None:
-    """Something was done in the session."""
-    with suppress(OSError):
-        os.utime(activity_file(folder))
 
 
 def ended_by_limit(folder: SessionFolder, info: SessionInfo) -> LimitReachedError | None:

@@ -20,7 +20,7 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import write_text
-from vmsandbox.session.plan import Prepared
+from vmsandbox.session.request import Prepared
 from vmsandbox.spec import Accelerator, GuestLimits, GuestShape
 
 _FILE = "made.json"

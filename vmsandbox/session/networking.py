@@ -17,7 +17,7 @@ from vmsandbox.process import Programs
 from vmsandbox.render.domain import DomainPlan
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.plan import Prepared, SessionRequest
+from vmsandbox.session.request import Prepared, SessionRequest
 from vmsandbox.spec import NetworkMode
 
 if TYPE_CHECKING:

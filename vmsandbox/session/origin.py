@@ -18,13 +18,13 @@ from vmsandbox.paths import Layout
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.made import made_of, unlike
-from vmsandbox.session.plan import Origin, Prepared
 from vmsandbox.session.recovery import finish_rollback
+from vmsandbox.session.request import Origin, Prepared
+from vmsandbox.session.running import RunningSandbox
 from vmsandbox.session.snapshots import copy_known, known_facts, snapshot_of
 
 if TYPE_CHECKING:
     from vmsandbox.process import Programs
-    from vmsandbox.session.sandbox import Sandbox
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def standing_on(origin: Origin | None, prepared: Prepared, layout: Layout, progr
         yield replace(prepared, template=snapshot)
 
 
-def adopt(sandbox: Sandbox, origin: Origin, prepared: Prepared) -> None:
+def adopt(sandbox: RunningSandbox, origin: Origin, prepared: Prepared) -> None:
     """Take over what the host knew of the guest's tree when the snapshot was taken."""
     source = SessionFolder(sandbox.layout, origin.name)
     info = sandbox.info

@@ -8,45 +8,31 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
-from vmsandbox.errors import GuestError, UserInputError
+from vmsandbox.errors import UserInputError
 from vmsandbox.failpoints import failpoint
-from vmsandbox.guest.bulk import TICK
 from vmsandbox.guest.pack import RECORD, pack
 from vmsandbox.guest.walk import Walk, walk_project
 from vmsandbox.journal import events
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.render.domain import BULK_CHANNEL
 from vmsandbox.review.manifest import Manifest
+from vmsandbox.session.archive import PORT, UNTAR, send_archive
 from vmsandbox.session.collect import SENDER, baseline_file
 from vmsandbox.session.history import HistoryMode, snapshot_on_the_way
 from vmsandbox.session.incoming import Incoming
 from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.record import Record
+from vmsandbox.session.running import RunningSandbox
 from vmsandbox.spec import PROJECTS
 
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
-
-Write = Callable[[bytes], None]
-Result = TypeVar("Result")
-
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-_PIECE = 1 << 20
-_PATIENCE = 600  # seconds after the last byte
-# Opened once for all archives that follow each other: what has arrived and was not read is lost when a port is closed.
-PORT = f"/dev/virtio-ports/{BULK_CHANNEL}"
-UNTAR = f"tar -x -p --no-same-owner -b {RECORD // 512} -B -f -"
 # What the guest lists right after unpacking tells later what was not touched (receive.listing). The sender starts while
 # tar is at work, and lists while `.git` comes. A project as small as this comes back whole in less time than that.
 _SMALL_FILES, _SMALL_BYTES = 200, 1 << 20
-_MAX_BASELINE = 256 << 20
 
 
 def guest_folder_for(project: Path) -> str:
@@ -56,7 +42,7 @@ def guest_folder_for(project: Path) -> str:
 
 
 def push_project(
-    sandbox: Sandbox,
+    sandbox: RunningSandbox,
     project: Path,
     policy: Policy,
     programs: Programs,
@@ -88,7 +74,7 @@ def push_project(
         def on_progress(done: int, whole: int) -> None:
             sandbox.monitor.progress(done, whole, "bytes")
 
-        def send(write: Write) -> Manifest:
+        def send(write: Callable[[bytes], None]) -> Manifest:
             sent = pack(walk, write, on_progress, snapshot, incoming.on_content, RECORD).manifest
             if snapshot is not None:
                 snapshot.send(write)
@@ -142,7 +128,7 @@ def _unpacking(*, lists: bool, git: bool) -> str:
     return f'{{ {project} && echo unpacked{behind}; }} <{PORT} | "$2" --baseline "$1"'
 
 
-def _remove(sandbox: Sandbox, target: str) -> None:
+def _remove(sandbox: RunningSandbox, target: str) -> None:
     from vmsandbox.guest.ssh import exit_status
 
     channel = sandbox.shell().start(["rm", "-rf", "--", target], plumbing=True)
@@ -150,66 +136,6 @@ def _remove(sandbox: Sandbox, target: str) -> None:
         exit_status(channel, 60)
     finally:
         channel.close()
-
-
-def send_archive(sandbox: Sandbox, command: list[str], fill: Callable[[Write], Result]) -> tuple[bytes, Result]:
-    """Run a command that reads an archive from the bulk port (`UNTAR` from `PORT`), and fill that archive.
-
-    Returns:
-        The command's untrusted output, and what `fill` returned.
-
-    Raises:
-        GuestError: the command ended badly, or stopped reading.
-    """
-    shell = sandbox.shell()
-    with sandbox.folder.bulk_port() as port:
-        channel = shell.start(command, plumbing=True)
-        try:
-            channel.shutdown_write()
-            ended = channel.status_event.is_set
-            result = fill(lambda data: port.write(data, ended))
-            untrusted = _all_of(channel, port.nudge)
-            _expect_success(channel)
-            return untrusted, result
-        except (GuestError, OSError) as error:
-            raise GuestError("the guest did not take it", details=f"{error}\n{last_words(channel)}") from error
-        finally:
-            channel.close()
-
-
-def _all_of(channel: Any, nudge: Callable[[], None]) -> bytes:
-    untrusted = bytearray()
-    channel.settimeout(TICK)
-    until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            piece = channel.recv(_PIECE)
-        except TimeoutError:
-            if time.monotonic() > until:
-                raise GuestError(f"the guest's side did not end within {_PATIENCE} seconds") from None
-            nudge()
-            continue
-        if not piece:
-            return bytes(untrusted)
-        untrusted += piece
-        if len(untrusted) > _MAX_BASELINE:
-            raise GuestError("the guest's list of what was copied in does not end")
-
-
-def _expect_success(channel: Any) -> None:
-    from vmsandbox.guest.ssh import exit_status
-
-    status = exit_status(channel, 60)
-    if status != 0:
-        raise GuestError(f"the guest's side failed with status {status}")
-
-
-def last_words(channel: Any) -> str:
-    """The end of a guest program's stderr, safe to show."""
-    from vmsandbox.review.text import shown_bytes
-
-    untrusted = channel.recv_stderr(4000) if channel.recv_stderr_ready() else b""
-    return shown_bytes(untrusted, 2000)
 
 
 def _withheld_text(secret: list[str], ignored: int, name: str) -> str:

@@ -41,7 +41,7 @@ from vmsandbox.review.changes import compare
 from vmsandbox.review.manifest import Manifest, ManifestLimits, parse_untrusted_manifest
 from vmsandbox.review.text import shown
 from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.plan import SessionRequest
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.spec import Grade
 
 _LIMITS = ManifestLimits(bytes=1 << 30, entries=1_000_000)  # our own files

@@ -14,7 +14,6 @@ import uuid as uuids
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from vmsandbox.errors import GuestError, HostError, UserInputError
 from vmsandbox.failpoints import failpoint
@@ -36,21 +35,19 @@ from vmsandbox.session.identity import go_on_as
 from vmsandbox.session.info import Halfway, SessionInfo
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import made_of
-from vmsandbox.session.plan import Prepared
 from vmsandbox.session.replug import card_will_be_out, free_tap, give_card_back
+from vmsandbox.session.request import Prepared
+from vmsandbox.session.running import RunningSandbox
 from vmsandbox.session.snapshots import known_facts, restore_known, snapshot_of
 from vmsandbox.session.starting import IDENTITY_DEADLINE, domain_name
 from vmsandbox.session.teardown import end_guest, remove_guest_files
 from vmsandbox.spec import WORKER
 
-if TYPE_CHECKING:
-    from vmsandbox.session.sandbox import Sandbox
-
 _LOGIN_SECONDS = 30
 _PROOF_SECONDS = 15.0
 
 
-def roll_back(sandbox: Sandbox, tag: str | None, programs: Programs, *, thoroughly: bool = False) -> float:
+def roll_back(sandbox: RunningSandbox, tag: str | None, programs: Programs, *, thoroughly: bool = False) -> float:
     """Put a guest made of a snapshot in the place of the session's own; returns the seconds that it took.
 
     Connections to the old guest end; keys, names and network of the session stay.
@@ -110,7 +107,7 @@ def _since(began: float) -> float:
     return round(time.monotonic() - began, 3)
 
 
-def _start(sandbox: Sandbox, info: SessionInfo, prepared: Prepared, policy: Policy, programs: Programs) -> None:
+def _start(sandbox: RunningSandbox, info: SessionInfo, prepared: Prepared, policy: Policy, programs: Programs) -> None:
     """Start the guest that comes, and log in once: only a guest that answers takes another's place."""
     folder = sandbox.folder
     request = ForkRequest(
@@ -191,7 +188,7 @@ class _Proof:
         kept = kept_baseline(folder)
         self._before = Baseline(kept.shared if kept is not None else now.shared, now.own)
 
-    def hold(self, sandbox: Sandbox, info: SessionInfo) -> None:
+    def hold(self, sandbox: RunningSandbox, info: SessionInfo) -> None:
         """Raises HostError if something is not."""
         until = time.monotonic() + _PROOF_SECONDS
         with closing(Host.open()) as host:

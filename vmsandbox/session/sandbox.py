@@ -12,44 +12,38 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vmsandbox.errors import UserInputError, VmsandboxError
-from vmsandbox.guest.control import connect_ssh
 from vmsandbox.hypervisor.connection import Host
-from vmsandbox.hypervisor.isolation import Isolation
 from vmsandbox.journal import events
-from vmsandbox.journal.chain import Journal
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session.admitting import room_for
 from vmsandbox.session.baseline import keep_baseline
-from vmsandbox.session.clock import mend_clock
-from vmsandbox.session.ending import end_session
 from vmsandbox.session.enforced import enforced
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.guestlock import guest_locked
 from vmsandbox.session.holding import effective_for, held
-from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.limits import ended_at_limit, limited, note_activity
-from vmsandbox.session.networking import GuestNetwork, NetworkToCome
+from vmsandbox.session.limits import ended_at_limit, limited
 from vmsandbox.session.origin import adopt, standing_on
-from vmsandbox.session.plan import SessionRequest, prepare
+from vmsandbox.session.plan import prepare
 from vmsandbox.session.record import Record
+from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.running import RunningSandbox
+from vmsandbox.session.sizes import needs_watcher
 from vmsandbox.session.starting import back_up, claim, get_ready, start_guest, write_opened
 from vmsandbox.session.unfinished import make_whole
-from vmsandbox.session.watching import needs_watcher, start_watcher
-from vmsandbox.spec import WORKER, History, NetworkMode
+from vmsandbox.session.watching import start_watcher
+from vmsandbox.spec import History
 
 if TYPE_CHECKING:
     from vmsandbox.guest.ask import Question
-    from vmsandbox.guest.ssh import GuestShell
     from vmsandbox.review.changes import Changes
     from vmsandbox.session.asking import Asking, Person
     from vmsandbox.session.collect import Collected
@@ -59,24 +53,8 @@ LOGIN_DEADLINE = 30  # seconds
 _SNAPSHOT_SECONDS = 20.0  # that something is not copied in because a snapshot is being taken
 
 
-class Sandbox:
+class Sandbox(RunningSandbox):
     """A running session. Make one with `open`, reach one that runs with `attach`."""
-
-    def __init__(self, layout: Layout, folder: SessionFolder, info: SessionInfo, monitor: Monitor) -> None:
-        self.layout = layout
-        self.folder = folder
-        self.info = info
-        self.monitor = monitor
-        self.isolation: Isolation | None = None
-        self._journal: Journal | None = None
-        self._shell: GuestShell | None = None
-        self._port = ExitStack()
-        self.network: GuestNetwork | None = None
-        self.network_to_come: NetworkToCome | None = None
-        self.differs: tuple[str, ...] = ()  # after its end: what is not as it was before (`session.baseline`)
-        self.project_is_open = False  # whether the policy's guard over the project is down (`session.enforced`)
-
-    # -- beginning and end ---------------------------------------------------------------------------------
 
     @classmethod
     def open(
@@ -182,72 +160,11 @@ class Sandbox:
     ) -> None:
         self.close("ended" if error is None else f"ended by {type(error).__name__}")
 
-    def close(self, reason: str = "ended") -> list[str]:
-        """End the guest and remove everything of the session but its record; returns what could not be removed."""
-        self.disconnect()
-        if self.network_to_come is not None:
-            self.network_to_come.close()
-        ended = end_session(self.layout, self.folder, self.info, reason)
-        self.differs = ended.differs
-        return list(ended.left)
-
-    def disconnect(self) -> None:
-        """Give the SSH port back; the guest goes on."""
-        if self._shell is not None:
-            self._shell.close()
-            self._shell = None
-        self._port.close()
-
-    # -- use -----------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The session's name."""
-        return self.info.name
-
-    @property
-    def journal(self) -> Journal:
-        """The session's journal."""
-        if self._journal is None:
-            self._journal = self.folder.journal(self.info.id)
-        return self._journal
-
-    def shell(self) -> GuestShell:
-        """The SSH connection of this object, made on first use."""
-        note_activity(self.folder)
-        mend_clock(self.folder, self.info)
-        if self._shell is None or not self._shell.is_open:
-            from vmsandbox.guest.ssh import GuestShell
-
-            self.disconnect()
-            keys = self.folder.keys()
-            port = self._port.enter_context(self.folder.ssh_port(self.info.ssh_ports))
-            sock = connect_ssh(self.folder.ssh_socket(port), LOGIN_DEADLINE)
-            self._shell = GuestShell.connect(
-                sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=LOGIN_DEADLINE
-            )
-            if self.network is not None:
-                self.network.join(self._shell)
-        return self._shell
-
-    def start(self, command: Sequence[str] | None, *, terminal: tuple[str, int, int] | None = None) -> Any:
-        """Start a command (None: a login shell) in the project's folder; returns its SSH channel."""
-        shell = self.shell()  # first: where no port is free, no command was started
-        self.journal.append(events.CommandStarted(list(command) if command else None, terminal is not None))
-        channel = shell.start(command, cwd=self.info.guest_folder, terminal=terminal)
-        if self.network is not None:
-            self.network.check(shell)
-        return channel
-
     def asking(self, person: Person | None = None) -> Asking:
         """A context in which the guest's questions about commands are answered (None: with no, and written down)."""
         from vmsandbox.session.asking import Asking
 
         return Asking(self.folder, self.journal, person)
-
-    def ended(self, status: int, seconds: float) -> None:
-        """Write down that a command started with `start` has ended."""
-        self.journal.append(events.CommandEnded(status, round(seconds, 3)))
 
     def run(
         self, command: Sequence[str], *, stdin: int | None = None, answer: Callable[[Question], bool] | None = None
@@ -290,7 +207,7 @@ class Sandbox:
         runner = programs or Programs()
         Record(self.folder.record_folder(self.info.id)).keep_returns(rules.returns)
         with guest_locked(self.folder, shared=True, patience=_SNAPSHOT_SECONDS), ExitStack() as guard:
-            if (now := self._current()).uuid != self.info.uuid:  # rolled back while this waited
+            if (now := self.current()).uuid != self.info.uuid:  # rolled back while this waited
                 self.disconnect()
             self.info = now
             guard.enter_context(enforced(self, rules, project, guest_folder_for(project)))
@@ -320,33 +237,3 @@ class Sandbox:
         landed = collect_commits(self, project, Programs())
         self.journal.append(events.CommitsReturned([branch.ref for branch in landed.branches], list(landed.skipped)))
         return landed
-
-    def keep(self) -> None:
-        """Let the guest outlive this process, until `stop`. A network that this process holds ends here."""
-        if self.network is not None and self.network.egress is not None:
-            self.network.close()
-            self.info = replace(self._current(), network=NetworkMode.NONE.value)
-            self.folder.update(self.info)
-        self.disown()
-
-    def disown(self) -> None:
-        """No process has to end the session any more."""
-        self.info = replace(self._current(), owner_pid=0, owner_started=0)
-        self.folder.update(self.info)
-
-    def _current(self) -> SessionInfo:
-        """The session's record as it is now: another process may have rolled it back. Raises UserInputError."""
-        now = self.folder.info()
-        if now.id != self.info.id:
-            raise UserInputError(f"session {self.name!r} has ended meanwhile")
-        return now
-
-    # -- starting ------------------------------------------------------------------------------------------
-
-    def failed(self, error: BaseException) -> None:
-        """Write down why it did not come up, and remove what there is of it."""
-        brief = error.brief if isinstance(error, VmsandboxError) else f"interrupted ({type(error).__name__})"
-        details = error.details if isinstance(error, VmsandboxError) else str(error)
-        with suppress(VmsandboxError):
-            self.journal.append(events.SessionFailed(brief, details))
-        self.close("failed to start")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.hypervisor.isolation import Isolation
-from vmsandbox.policy.values import Policy, ResourcesPolicy
+from vmsandbox.policy.values import Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.spec import Grade, GuestLimits
 
 DEFAULT_IMAGE = "base"
@@ -122,3 +122,9 @@ def _refused(policy: Policy, key: str, option: str, allowed: str) -> RefusedErro
 
 def _where(policy: Policy) -> str:
     return f" ({policy.source})" if policy.source else ""
+
+
+def needs_watcher(policy: SessionPolicy, reserved_mib: int | None = None) -> bool:
+    """Whether there is something to watch. reserved_mib: what a guest with a balloon keeps."""
+    asked = (policy.time, policy.idle, policy.healthcheck, reserved_mib)
+    return any(one is not None for one in asked)

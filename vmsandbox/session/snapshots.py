@@ -33,10 +33,10 @@ from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.made import is_emulated
 from vmsandbox.session.quotas import check_quota
 from vmsandbox.session.replug import give_card_back, without_card
+from vmsandbox.session.running import RunningSandbox
 
 if TYPE_CHECKING:
     from vmsandbox.hypervisor.snapshot import Snapshot
-    from vmsandbox.session.sandbox import Sandbox
 
 START = "start"  # the tag of the first one, taken when `start` is done
 _TAG = re.compile(r"[a-z0-9]([a-z0-9._-]{0,38}[a-z0-9])?")
@@ -64,7 +64,7 @@ def checked_tag(tag: str) -> str:
     return tag
 
 
-def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
+def take_snapshot(sandbox: RunningSandbox, tag: str) -> SnapshotRow:
     """Take a snapshot of a running session.
 
     Raises:
@@ -125,7 +125,7 @@ def take_snapshot(sandbox: Sandbox, tag: str) -> SnapshotRow:
     return row
 
 
-def keep_start(sandbox: Sandbox) -> None:
+def keep_start(sandbox: RunningSandbox) -> None:
     """Take the first one. Without room for it the guest is of use all the same, and says so when it is to roll back."""
     sandbox.disconnect()  # else an sshd that serves nobody is in every guest that comes of it
     try:
@@ -164,7 +164,7 @@ def snapshots(folder: SessionFolder) -> list[SnapshotRow]:
     return sorted(rows, key=lambda row: (row.created, row.tag))
 
 
-def remove_snapshot(sandbox: Sandbox, tag: str) -> int:
+def remove_snapshot(sandbox: RunningSandbox, tag: str) -> int:
     """Delete a snapshot; the bytes that were given back. Those that stand on it go on, and on what it stood on.
 
     Raises:

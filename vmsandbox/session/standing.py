@@ -20,7 +20,8 @@ from vmsandbox.process import Programs
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.made import made_of, unlike
-from vmsandbox.session.plan import SessionRequest, prepare
+from vmsandbox.session.plan import prepare
+from vmsandbox.session.request import SessionRequest
 from vmsandbox.session.rollback import roll_back
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.session.snapshots import START

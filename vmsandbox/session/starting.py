@@ -34,15 +34,15 @@ from vmsandbox.session.info import SessionInfo, new_session_id
 from vmsandbox.session.inspection import inspect_guest
 from vmsandbox.session.made import keep_made
 from vmsandbox.session.networking import NetworkToCome
-from vmsandbox.session.plan import Prepared, SessionRequest
 from vmsandbox.session.record import Record
+from vmsandbox.session.request import Prepared, SessionRequest
+from vmsandbox.session.running import RunningSandbox
 from vmsandbox.session.sizes import disk_free_of
 from vmsandbox.session.teardown import tear_down
 from vmsandbox.session.variables import guest_variables
 
 if TYPE_CHECKING:
     from vmsandbox.session.backup import Backup
-    from vmsandbox.session.sandbox import Sandbox
 
 IDENTITY_DEADLINE = 30  # seconds
 
@@ -104,7 +104,7 @@ def domain_name(session: str, uuid: str) -> str:
     return f"{DOMAIN_PREFIX}{session}-{uuid[-6:]}"
 
 
-def write_opened(sandbox: Sandbox, policy: Policy) -> None:
+def write_opened(sandbox: RunningSandbox, policy: Policy) -> None:
     """Begin the session's record: that it exists, and what may come back of it."""
     info = sandbox.info
     sandbox.journal.append(events.SessionOpened(info.id, info.name, info.uuid, info.project, __version__))
@@ -112,7 +112,7 @@ def write_opened(sandbox: Sandbox, policy: Policy) -> None:
     Record(sandbox.folder.record_folder(info.id)).keep_returns(policy.returns)
 
 
-def back_up(sandbox: Sandbox, asked: SessionRequest, programs: Programs) -> Future[Backup] | None:
+def back_up(sandbox: RunningSandbox, asked: SessionRequest, programs: Programs) -> Future[Backup] | None:
     """Keep the tree of before in the record, while the guest starts."""
     if asked.project is None or not asked.backup:
         return None
@@ -126,7 +126,7 @@ def back_up(sandbox: Sandbox, asked: SessionRequest, programs: Programs) -> Futu
 
 
 def start_guest(
-    sandbox: Sandbox,
+    sandbox: RunningSandbox,
     host: Host,
     asked: SessionRequest,
     prepared: Prepared,
@@ -184,7 +184,9 @@ def start_guest(
     failpoint("session.ready")
 
 
-def _inspect(sandbox: Sandbox, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str) -> None:
+def _inspect(
+    sandbox: RunningSandbox, host: Host, policy: Policy, prepared: Prepared, plan: DomainPlan, live_xml: str
+) -> None:
     sandbox.isolation = inspect_guest(
         host, prepared, plan, live_xml, sandbox.folder, sandbox.journal, sandbox.info, policy
     )

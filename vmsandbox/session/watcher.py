@@ -24,6 +24,7 @@ from vmsandbox.journal import events
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
+from vmsandbox.session.activity import activity_file
 from vmsandbox.session.balloon import Balloon
 from vmsandbox.session.ending import end_session
 from vmsandbox.session.folder import SessionFolder, guests_of
@@ -31,7 +32,6 @@ from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.health import Health
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.limits import activity_file
 from vmsandbox.session.teardown import end_guest
 from vmsandbox.session.watching import COLLECT_SECONDS
 

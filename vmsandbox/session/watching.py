@@ -11,20 +11,14 @@ from contextlib import suppress
 
 from vmsandbox.policy.values import SessionPolicy
 from vmsandbox.process import Programs
+from vmsandbox.session.activity import activity_file
 from vmsandbox.session.background import end_background, start_background
 from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.limits import activity_file
 
 KIND = "watcher"
 # What the guest made of the project is fetched before it is ended by a limit; this long at most.
 COLLECT_SECONDS = 120.0
-
-
-def needs_watcher(policy: SessionPolicy, reserved_mib: int | None = None) -> bool:
-    """Whether there is something to watch. reserved_mib: what a guest with a balloon keeps."""
-    asked = (policy.time, policy.idle, policy.healthcheck, reserved_mib)
-    return any(one is not None for one in asked)
 
 
 def start_watcher(
