@@ -35,7 +35,7 @@ from vmsandbox.egress.values import BrokerConfig, Dlp, EgressPolicy, HostRule, T
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.authority import make_authority
+from vmsandbox.session.network.authority import make_authority
 from vmsandbox.session.sandbox import SessionFolder
 
 NAME = "server.test"

@@ -39,7 +39,7 @@ from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import QEMU_NS, DiskImage, DomainPlan, render_domain
 from vmsandbox.render.seed import render_seed
-from vmsandbox.session.plan import choose_accelerator
+from vmsandbox.session.opening.plan import choose_accelerator
 from vmsandbox.spec import GuestShape
 
 PROGRAM = [sys.executable, "-m", "vmsandbox"]

@@ -45,10 +45,10 @@ from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
 from vmsandbox.render.domain import KERNEL_CMDLINE, DiskImage, DomainPlan, render_domain
 from vmsandbox.render.seed import render_seed
-from vmsandbox.session.identity import give_identity
-from vmsandbox.session.plan import choose_accelerator, find_or_build
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.opening.plan import choose_accelerator, find_or_build
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.upkeep.identity import give_identity
 from vmsandbox.spec import WORKER, Accelerator, GuestShape
 
 BOOT_DEADLINE = 300

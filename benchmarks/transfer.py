@@ -29,9 +29,9 @@ from pathlib import Path
 
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.session.collect import collect
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.transfer.collect import collect
 
 Samples = dict[str, dict[str, list[float]]]
 

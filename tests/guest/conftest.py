@@ -28,8 +28,8 @@ from vmsandbox.hypervisor.console import ConsoleTail
 from vmsandbox.monitor import Monitor
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.session import plan
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.opening import plan
 from vmsandbox.session.sandbox import Sandbox
 
 SHARED = Path(os.environ.get("VMSANDBOX_TEST_HOME", "/var/tmp/vmsandbox-test")).absolute()

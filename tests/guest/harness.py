@@ -23,9 +23,9 @@ from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.paths import Layout
 from vmsandbox.render.domain import METADATA_NS
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo
 
 PROGRAM = [sys.executable, "-m", "vmsandbox"]
 REPOSITORY = Path(__file__).resolve().parents[2]

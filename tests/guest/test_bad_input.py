@@ -16,7 +16,7 @@ from harness import Cli, Guest
 from vmsandbox.errors import GuestError
 from vmsandbox.hypervisor import making
 from vmsandbox.render.domain import DomainPlan, render_domain
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 

@@ -9,7 +9,7 @@ import pytest
 from harness import ended, wait_for
 from rooted import RootedGuest
 
-from vmsandbox.session.freezing import freeze_guest
+from vmsandbox.session.upkeep.freezing import freeze_guest
 
 HOUR = 3600.0
 

@@ -18,8 +18,8 @@ from vmsandbox.errors import GuestError
 from vmsandbox.receive.protocol import ReturnLimits
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.changes import compare
-from vmsandbox.session.collect import SENDER, Collected, collect
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.transfer.collect import SENDER, Collected, collect
 
 SMALL = ReturnLimits(
     total_bytes=16 << 20, file_bytes=4 << 20, entries=2000, listing_bytes=1 << 20, seconds=60, stall_seconds=8

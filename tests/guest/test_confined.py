@@ -18,7 +18,7 @@ from vmsandbox.errors import GuestError, RefusedError
 from vmsandbox.guest.control import ControlPort
 from vmsandbox.policy.values import FilesystemPolicy, Policy, ResourcesPolicy
 from vmsandbox.render.guest_paths import ETC_NEEDED
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 USERNS = "unshare --user --map-root-user --mount"

@@ -32,9 +32,9 @@ from vmsandbox.hypervisor.console import ConsoleTail
 from vmsandbox.hypervisor.network import refuse_where_impossible
 from vmsandbox.policy.values import NetworkPolicy, NetworkRule, Policy
 from vmsandbox.render.network import CardPlan, bridge_of, name_prefix, table_of
-from vmsandbox.session import plan
-from vmsandbox.session.filtered import read_plan
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.network.filtered import read_plan
+from vmsandbox.session.opening import plan
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.spec import NetworkMode
 
@@ -381,10 +381,10 @@ from vmsandbox.errors import RefusedError
 from vmsandbox.hypervisor.connection import Host
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.filtered import open_card
+from vmsandbox.session.network.filtered import open_card
 from vmsandbox.ledger.processes import process_started
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.info import SessionInfo, new_session_id
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo, new_session_id
 layout = Layout.from_environment()
 info = SessionInfo(id=new_session_id("dead"), name=sys.argv[1], uuid="00000000-1111-4222-8333-444444444444",
                    domain="x", created="",

@@ -21,12 +21,12 @@ from vmsandbox.hypervisor.connection import Host, default_uri
 from vmsandbox.hypervisor.plugging import holds_tap
 from vmsandbox.policy.values import NetworkPolicy, Policy
 from vmsandbox.render.network import CardPlan
-from vmsandbox.session import plan
-from vmsandbox.session.filtered import read_plan
-from vmsandbox.session.replug import MARK
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.network.filtered import read_plan
+from vmsandbox.session.opening import plan
+from vmsandbox.session.rewind.replug import MARK
+from vmsandbox.session.rewind.snapshots import take_snapshot
 from vmsandbox.session.sandbox import Sandbox
-from vmsandbox.session.snapshots import take_snapshot
 from vmsandbox.spec import NetworkMode
 
 pytestmark = pytest.mark.skipif(

@@ -16,9 +16,9 @@ from vmsandbox.git.objects import PackWriter, TreeEntry, encode_tree
 from vmsandbox.git.quarantine import PackLimits
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.session.commits import collect_commits
-from vmsandbox.session.history import give_history
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.transfer.commits import collect_commits
+from vmsandbox.session.transfer.history import give_history
 
 
 def git(root: Path, *words: str) -> str:

@@ -18,9 +18,9 @@ from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout
 from vmsandbox.policy.load import load_policy
 from vmsandbox.policy.syscalls_needed import missing_calls
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
-from vmsandbox.session.watching import health_of
+from vmsandbox.session.upkeep.watching import health_of
 
 DATA = Path(__file__).parents[1] / "unit/data/import"
 # What the read-back and the small programs of these tests call, beside a login, bash and python3.

@@ -19,8 +19,8 @@ from vmsandbox.hypervisor.connection import Host
 from vmsandbox.hypervisor.making import in_the_making
 from vmsandbox.hypervisor.template import TemplateStore
 from vmsandbox.ledger.processes import processes_of
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.guestlock import guest_locked
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.guestlock import guest_locked
 from vmsandbox.spec import Accelerator, GuestShape
 
 STAGES = {

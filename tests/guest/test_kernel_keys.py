@@ -11,7 +11,7 @@ from confined import Inside, project_with_secrets
 from harness import Cli
 
 from vmsandbox.policy.values import FilesystemPolicy, KernelPolicy, Policy, SeccompProfile
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 
 

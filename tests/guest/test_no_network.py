@@ -15,8 +15,8 @@ from vmsandbox.hypervisor.connection import Host, default_uri
 from vmsandbox.hypervisor.fork import DOMAIN_PREFIX
 from vmsandbox.hypervisor.livexml import ExpectedDevices, check_live_xml
 from vmsandbox.render.domain import DiskImage
-from vmsandbox.session import inspection
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.opening import inspection
 from vmsandbox.session.sandbox import Sandbox
 
 CONNECT = """

@@ -16,8 +16,8 @@ from upstream import EVENT_SECONDS, EVENTS, Upstream
 
 from vmsandbox.errors import GuestError
 from vmsandbox.policy.load import load_policy
-from vmsandbox.session import plan
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.opening import plan
 from vmsandbox.session.sandbox import Sandbox
 
 

@@ -16,7 +16,7 @@ from netted import FETCH, broker_of, fetch, keeper_of, named, row
 from rooted import RootedGuest
 from upstream import Upstream
 
-from vmsandbox.session.keeper import keeper_is_alive
+from vmsandbox.session.network.keeper import keeper_is_alive
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from vmsandbox.broker.environment import make_environment
 from vmsandbox.egress.hosts import refused_address
 from vmsandbox.monitor import Monitor
 from vmsandbox.process import Programs
-from vmsandbox.session.host_addresses import own_addresses
+from vmsandbox.session.network.host_addresses import own_addresses
 
 # The hosts of each bundle that pip and npm need.
 HOSTS = {"@pypi": ("pypi.org", "files.pythonhosted.org"), "@npm": ("registry.npmjs.org",)}

@@ -23,12 +23,12 @@ from vmsandbox.guest.control import connect_ssh
 from vmsandbox.guest.ssh import GuestShell
 from vmsandbox.hypervisor.connection import Host, default_uri
 from vmsandbox.policy.values import NetworkPolicy, Policy, ResourcesPolicy, SessionPolicy
-from vmsandbox.session import starting
-from vmsandbox.session.background import background_is_alive
-from vmsandbox.session.balloon import Balloon
-from vmsandbox.session.guest_settings import guest_environment
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.network.guest_settings import guest_environment
+from vmsandbox.session.opening import starting
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.state.background import background_is_alive
+from vmsandbox.session.upkeep.balloon import Balloon
 
 MIB = 1 << 20
 DISK, RATE, OUTPUT = 256 * MIB, 4 * MIB, MIB

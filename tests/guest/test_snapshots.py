@@ -21,11 +21,11 @@ from vmsandbox.ledger.admission import reservations
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.process import Programs
-from vmsandbox.session.freezing import freeze_guest
-from vmsandbox.session.guestlock import guest_locked
-from vmsandbox.session.rollback import roll_back
+from vmsandbox.session.rewind.rollback import roll_back
+from vmsandbox.session.rewind.snapshots import take_snapshot
 from vmsandbox.session.sandbox import Sandbox
-from vmsandbox.session.snapshots import take_snapshot
+from vmsandbox.session.state.guestlock import guest_locked
+from vmsandbox.session.upkeep.freezing import freeze_guest
 
 FILES = {"kept.txt": "as pushed\n", "gone.txt": "as pushed\n"}
 

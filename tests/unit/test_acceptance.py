@@ -22,8 +22,8 @@ from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout
 from vmsandbox.receive.store import seal
-from vmsandbox.session.record import Record
-from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
+from vmsandbox.session.records.record import Record
+from vmsandbox.session.records.unfinished import parts_in_records, unfinished_projects
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ID = "20260101-000000-old-abcdef"

@@ -13,8 +13,8 @@ from git_repositories import commit, git, layout_in, make_repository, state_of, 
 from vmsandbox.errors import HostError, UserInputError
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.backup import Backup, make_backup, prune, read_backup
-from vmsandbox.session.restore import restore
+from vmsandbox.session.records.backup import Backup, make_backup, prune, read_backup
+from vmsandbox.session.records.restore import restore
 
 ID = "2026010{}-000000-x-000000"
 

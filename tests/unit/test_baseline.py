@@ -15,10 +15,10 @@ from test_session_folder import info_of
 
 from vmsandbox.hypervisor.files import sha256_of, stamp_of
 from vmsandbox.paths import Layout
-from vmsandbox.session.baseline import baseline_of, differences, domain_facts, keep_baseline, kept_baseline
-from vmsandbox.session.ending import end_session
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.info import SessionInfo
+from vmsandbox.session.live.ending import end_session
+from vmsandbox.session.resources.baseline import baseline_of, differences, domain_facts, keep_baseline, kept_baseline
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo
 
 DIGEST = "0" * 64
 KEY, BASE = "1" * 32, "2" * 32
@@ -130,7 +130,9 @@ def test_verify_hashes_and_so_finds_what_no_time_tells(
     # As on a disk that lies: the times are those of the manifest.
     manifest_file = folder.layout.templates / KEY / "manifest.json"
     stamps = json.loads(manifest_file.read_text())["stamps"]
-    monkeypatch.setattr("vmsandbox.session.baseline.stamp_of", lambda path: tuple(stamps.get(path.name, (0,) * 5)))
+    monkeypatch.setattr(
+        "vmsandbox.session.resources.baseline.stamp_of", lambda path: tuple(stamps.get(path.name, (0,) * 5))
+    )
     assert differences(before, baseline_of(folder.layout, None, info)) == []
     (told,) = differences(before, baseline_of(folder.layout, None, info, verify=True))
     assert "ram has changed" in told

@@ -19,7 +19,7 @@ from vmsandbox.paths import Layout
 from vmsandbox.process import Finished, Programs
 from vmsandbox.session.checks import Examined, Status
 from vmsandbox.session.checks.card import check_card
-from vmsandbox.session.filtered import open_card
+from vmsandbox.session.network.filtered import open_card
 
 SYSTEM = "qemu:///system"
 

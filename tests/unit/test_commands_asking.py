@@ -29,8 +29,8 @@ from vmsandbox.errors import GuestError
 from vmsandbox.guest.ask import Denied, Question, Withdrawn, parse_untrusted
 from vmsandbox.journal.chain import Journal
 from vmsandbox.paths import Layout
-from vmsandbox.session.asking import Asking
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.live.asking import Asking
+from vmsandbox.session.state.folder import SessionFolder
 
 ASKED = {"id": 7, "argv": ["pip", "install", "x"], "cwd": "/w", "program": "/usr/bin/pip", "rule": "r", "seconds": 5}
 

@@ -37,7 +37,7 @@ from vmsandbox.render.readback import (
     parse_facts,
     script_of,
 )
-from vmsandbox.session.enforced import denied_names, guard_request
+from vmsandbox.session.transfer.enforced import denied_names, guard_request
 
 Golden = Callable[[str, str], None]
 

@@ -16,7 +16,7 @@ from vmsandbox.egress.values import BrokerConfig, Destination, Dlp, EgressKind, 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.values import SecretSource
 from vmsandbox.process import Programs
-from vmsandbox.session.secrets import read_secrets
+from vmsandbox.session.network.secrets import read_secrets
 
 API = Destination("api.example.org", 443)
 GIT = Destination("git.example.org", 443)

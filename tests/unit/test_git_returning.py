@@ -21,7 +21,7 @@ from vmsandbox.git.touching import Denied
 from vmsandbox.policy.gitrun import GitLimits, HostGit
 from vmsandbox.process import Programs
 from vmsandbox.review.returning import DeniedReturns
-from vmsandbox.session.commits import parse_untrusted_branches, receive_untrusted
+from vmsandbox.session.transfer.commits import parse_untrusted_branches, receive_untrusted
 
 SESSION = "20260102-030405-t-abcdef"
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"

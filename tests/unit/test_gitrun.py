@@ -25,8 +25,8 @@ from vmsandbox.policy.gitrepo import find_repository, tracked_files
 from vmsandbox.policy.gitrun import ENVIRONMENT, OVERRIDES, SUBCOMMANDS, HostGit
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.session.backup import make_backup
-from vmsandbox.session.restore import restore
+from vmsandbox.session.records.backup import make_backup
+from vmsandbox.session.records.restore import restore
 
 
 class Lair:

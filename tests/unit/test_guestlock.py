@@ -10,8 +10,8 @@ import pytest
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.guestlock import guest_locked
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.guestlock import guest_locked
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from vmsandbox.review import incoming
 from vmsandbox.review.agent_files import MOST as MOST_SETTINGS
 from vmsandbox.review.incoming import INSTRUCTIONS, SECRETS, SETTINGS, Found, IncomingScan, scan
 from vmsandbox.review.manifest import Manifest
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.incoming import Incoming, findings_of
-from vmsandbox.session.info import SessionInfo
 from vmsandbox.session.sandbox import Sandbox
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo
+from vmsandbox.session.transfer.incoming import Incoming, findings_of
 
 TOKEN = "ghp_" + "Zk3vQ9xT7bLmN2pR8sWc4yHd6fJg1aKe5uXo"
 AWS = "AKIA" + "QJ7M3XNBPLW5DZTR"

@@ -19,11 +19,11 @@ from vmsandbox.hypervisor.connection import Host, Running
 from vmsandbox.ledger.book import Kind, Ledger
 from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.gc import collect_garbage
-from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.orphans import orphans
-from vmsandbox.session.renewal import renew_ledger
+from vmsandbox.session.resources.orphans import orphans
+from vmsandbox.session.resources.renewal import renew_ledger
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo
 
 FORK = multiprocessing.get_context("fork")
 UUID = "11111111-2222-4333-8444-555555555555"

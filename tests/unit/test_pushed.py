@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmsandbox.review.manifest import Item, Manifest
-from vmsandbox.session.pushed import PushedContents
+from vmsandbox.session.records.pushed import PushedContents
 
 CONTENT = b"as it was\n"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -12,8 +12,7 @@ from test_session_folder import info_of
 
 from vmsandbox.errors import HostError, UserInputError
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.quotas import (
+from vmsandbox.session.resources.quotas import (
     VARIABLE,
     Usage,
     check_quota,
@@ -23,6 +22,7 @@ from vmsandbox.session.quotas import (
     remove_old_records,
     usage_of,
 )
+from vmsandbox.session.state.folder import SessionFolder
 
 MIB = 1 << 20
 OLD = 40 * 86400

@@ -16,7 +16,7 @@ from vmsandbox.process import Piped, Programs
 from vmsandbox.receive.protocol import ReturnLimits
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.manifest import Item
-from vmsandbox.session.collect import _clear_interrupted
+from vmsandbox.session.transfer.collect import _clear_interrupted
 
 PRELUDE = """
 import json, os, sys, time

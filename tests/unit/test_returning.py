@@ -20,7 +20,7 @@ from vmsandbox.policy.values import Policy, ReturnPolicy
 from vmsandbox.review.returning import DeniedReturns, over_limits, under
 from vmsandbox.review.values import Choice, Selection
 from vmsandbox.session.acceptance import accept, review_returned
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.spec import Accept
 
 

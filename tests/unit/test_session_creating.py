@@ -12,9 +12,9 @@ from vmsandbox.egress.wire import event_to_json
 from vmsandbox.guest.walk import walk_project
 from vmsandbox.hypervisor.template import Template
 from vmsandbox.policy.values import FilesystemPolicy, NetworkPolicy, Policy, SessionPolicy
-from vmsandbox.session.created_files import select_files
-from vmsandbox.session.creating import Creation
-from vmsandbox.session.creating_command import advice, refused_hosts
+from vmsandbox.session.opening.created_files import select_files
+from vmsandbox.session.opening.creating import Creation
+from vmsandbox.session.opening.creating_command import advice, refused_hosts
 from vmsandbox.spec import NetworkMode
 
 FILES = (

@@ -18,10 +18,10 @@ from vmsandbox import failpoints
 from vmsandbox.errors import GuestError, HostError, UserInputError
 from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder, live_sessions
-from vmsandbox.session.info import SessionInfo, SessionKeys, new_session_id
-from vmsandbox.session.project import guest_folder_for
-from vmsandbox.session.teardown import tear_down
+from vmsandbox.session.live.teardown import tear_down
+from vmsandbox.session.state.folder import SessionFolder, live_sessions
+from vmsandbox.session.state.info import SessionInfo, SessionKeys, new_session_id
+from vmsandbox.session.transfer.project import guest_folder_for
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_teardown_never_kills_a_process_that_is_not_the_sessions(layout: Layout)
     stranger = subprocess.Popen(["sleep", "60"])
     try:
         folder.pid_file(folder.info()).write_text(str(stranger.pid))
-        from vmsandbox.session.teardown import _kill_process
+        from vmsandbox.session.live.teardown import _kill_process
 
         assert not _kill_process(folder, folder.info())
         assert stranger.poll() is None

@@ -13,9 +13,9 @@ from vmsandbox.guest.ask import Question
 from vmsandbox.monitor import Monitor
 from vmsandbox.policy.effective import effective_policy
 from vmsandbox.policy.values import CommandsPolicy, Policy, ResourcesPolicy
-from vmsandbox.session import holding
-from vmsandbox.session.asking import answered_by
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked import holding
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.live.asking import answered_by
 
 
 @dataclasses.dataclass

@@ -24,20 +24,20 @@ from vmsandbox.paths import Layout
 from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
-from vmsandbox.session.activity import activity_file
-from vmsandbox.session.background import background_is_alive
-from vmsandbox.session.balloon import Balloon, share_available
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.freezing import forget_frozen
-from vmsandbox.session.guest_settings import guest_environment, guest_network
-from vmsandbox.session.health import Health
-from vmsandbox.session.info import SessionInfo, new_session_id
-from vmsandbox.session.limits import LimitReachedError, Meter, ended_by_limit, limited
-from vmsandbox.session.request import SessionRequest
-from vmsandbox.session.sizes import disk_free_of, refuse_grade
-from vmsandbox.session.teardown import tear_down
-from vmsandbox.session.variables import guest_variables
-from vmsandbox.session.watching import KIND, end_watcher, start_watcher
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.asked.sizes import disk_free_of, refuse_grade
+from vmsandbox.session.asked.variables import guest_variables
+from vmsandbox.session.live.limits import LimitReachedError, Meter, ended_by_limit, limited
+from vmsandbox.session.live.teardown import tear_down
+from vmsandbox.session.network.guest_settings import guest_environment, guest_network
+from vmsandbox.session.state.activity import activity_file
+from vmsandbox.session.state.background import background_is_alive
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo, new_session_id
+from vmsandbox.session.upkeep.balloon import Balloon, share_available
+from vmsandbox.session.upkeep.freezing import forget_frozen
+from vmsandbox.session.upkeep.health import Health
+from vmsandbox.session.upkeep.watching import KIND, end_watcher, start_watcher
 from vmsandbox.spec import Grade, GuestLimits
 
 MIB = 1 << 20

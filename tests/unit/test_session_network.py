@@ -19,14 +19,14 @@ from vmsandbox.journal.chain import Journal
 from vmsandbox.ledger.processes import process_started
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import NetworkPolicy, Policy
-from vmsandbox.session import egress_log
-from vmsandbox.session.authority import make_authority
-from vmsandbox.session.egress_log import EgressLog, read_events
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.guest_settings import guest_network
-from vmsandbox.session.host_addresses import own_addresses
-from vmsandbox.session.keeper import end_keeper, keeper_is_alive
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.network import egress_log
+from vmsandbox.session.network.authority import make_authority
+from vmsandbox.session.network.egress_log import EgressLog, read_events
+from vmsandbox.session.network.guest_settings import guest_network
+from vmsandbox.session.network.host_addresses import own_addresses
+from vmsandbox.session.network.keeper import end_keeper, keeper_is_alive
+from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.spec import NetworkMode
 
 NASTY = "a \"b\" \\ $(c) 'd'"
@@ -206,7 +206,7 @@ def record(folder: SessionFolder, pid: int, started: int | None) -> None:
 def test_a_keeper_is_ended_also_one_that_ignores_it(folder: SessionFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert keeper_is_alive(folder) is None
     end_keeper(folder)
-    monkeypatch.setattr("vmsandbox.session.keeper.END_SECONDS", 0.5)
+    monkeypatch.setattr("vmsandbox.session.network.keeper.END_SECONDS", 0.5)
     deaf = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"], stdout=subprocess.PIPE)
     assert deaf.stdout is not None
     deaf.stdout.readline()

@@ -25,9 +25,9 @@ from vmsandbox.hypervisor.template import ImageFiles, Template, TemplatePlan, Te
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout, resource_folder
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder
 from vmsandbox.session.gc import unfinished_templates, unused_templates
-from vmsandbox.session.info import SessionInfo
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.info import SessionInfo
 from vmsandbox.spec import Accelerator, GuestShape
 
 IMAGE = ImageFiles("base", "a" * 64, Path("/i/root.ext4"), Path("/i/vmlinuz"), Path("/i/initrd"))

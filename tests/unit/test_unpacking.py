@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from vmsandbox.guest.pack import RECORD, pack_files
-from vmsandbox.session.archive import PORT
-from vmsandbox.session.project import _unpacking
+from vmsandbox.session.transfer.archive import PORT
+from vmsandbox.session.transfer.project import _unpacking
 
 LISTER = '#!/bin/sh\nread -r word; [ "$word" = unpacked ] || exit 3; cat > /dev/null; echo listed\n'
 

@@ -46,7 +46,7 @@ def has_person() -> bool:
 
 
 def person(name: str) -> Callable[[Question, Callable[[], bool]], str]:
-    """A `session.asking.Person` for the session of this name."""
+    """A `session.live.asking.Person` for the session of this name."""
 
     def ask(question: Question, is_wanted: Callable[[], bool]) -> str:
         if not has_person():  # it went into the background

@@ -6,7 +6,7 @@ import typer
 
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder, live_sessions
+from vmsandbox.session.state.folder import SessionFolder, live_sessions
 
 
 def session_names(incomplete: str) -> list[str]:
@@ -21,7 +21,7 @@ def session_names(incomplete: str) -> list[str]:
 
 def snapshot_tags(context: typer.Context, incomplete: str) -> list[str]:
     """Tags of the named session's snapshots."""
-    from vmsandbox.session.snapshots import snapshots
+    from vmsandbox.session.rewind.snapshots import snapshots
 
     try:
         folder = SessionFolder(Layout.from_environment(), str(context.params.get("name")))

@@ -13,8 +13,8 @@ import typer
 from vmsandbox.cli.options import NameArgument
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.paths import Layout
-from vmsandbox.session.activity import note_activity
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.state.activity import note_activity
+from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.spec import WORKER
 
 _PIECE = 256 * 1024

@@ -15,8 +15,8 @@ from vmsandbox.egress.wire import event_to_json, parse_untrusted_event
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.review.text import shown
-from vmsandbox.session.egress_log import FILE, read_events
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.network.egress_log import FILE, read_events
+from vmsandbox.session.state.folder import SessionFolder
 
 _LOOK = 0.2  # seconds between two looks at a file that grows
 _NOTABLE = {EgressKind.REFUSED, EgressKind.ALERT, EgressKind.FAILED, EgressKind.LIMIT, EgressKind.LEARNED}

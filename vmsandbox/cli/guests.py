@@ -45,12 +45,12 @@ from vmsandbox.cli.output import (
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.spec import History, NetworkMode
 
 if TYPE_CHECKING:
-    from vmsandbox.session.asking import Asking, Person
-    from vmsandbox.session.limits import Meter
+    from vmsandbox.session.live.asking import Asking, Person
+    from vmsandbox.session.live.limits import Meter
     from vmsandbox.session.sandbox import Sandbox
 
 
@@ -127,7 +127,7 @@ def push(
     history: HistoryOption = History.NONE,
 ) -> int:
     """Copy a project into a running guest (again): what was in its folder there, and not accepted, is lost."""
-    from vmsandbox.session.holding import effective_for
+    from vmsandbox.session.asked.holding import effective_for
     from vmsandbox.session.sandbox import Sandbox
 
     monitor = make_monitor()
@@ -144,9 +144,9 @@ def stop(
     everything: Annotated[bool, typer.Option("--all", help="Stop every session.")] = False,
 ) -> int:
     """End guests and remove everything of them but their records: what `changes` has not fetched is lost."""
-    from vmsandbox.session.folder import SessionFolder, live_sessions
+    from vmsandbox.session.live.teardown import remove_damaged
     from vmsandbox.session.sandbox import Sandbox
-    from vmsandbox.session.teardown import remove_damaged
+    from vmsandbox.session.state.folder import SessionFolder, live_sessions
 
     layout = Layout.from_environment()
     chosen = [folder.name for folder in live_sessions(layout)] if everything else names or []
@@ -200,8 +200,8 @@ def _forked(
     wait: str,
 ) -> SessionRequest:
     """What a session asks for that begins as another's snapshot: all that it was, but for its name and network."""
-    from vmsandbox.session.folder import SessionFolder
-    from vmsandbox.session.origin import origin_of
+    from vmsandbox.session.rewind.origin import origin_of
+    from vmsandbox.session.state.folder import SessionFolder
 
     source = origin_of(text)
     info = SessionFolder(Layout.from_environment(), source.name).info()
@@ -223,7 +223,7 @@ def open_guest(request: SessionRequest, policy: Path | None) -> Sandbox:
 
 def with_policy(request: SessionRequest, policy: Path | None) -> tuple[SessionRequest, Monitor]:
     """The request under all policies that hold; what a person should know of them is told."""
-    from vmsandbox.session.holding import held
+    from vmsandbox.session.asked.holding import held
 
     monitor = make_monitor()
     return held(request, policy, monitor), monitor
@@ -245,7 +245,7 @@ def run_in(sandbox: Sandbox, command: list[str] | None, stdout: int = 1) -> int:
     Raises:
         LimitReachedError: it wrote more than it may, or the session was ended by a limit meanwhile.
     """
-    from vmsandbox.session.limits import LimitReachedError, limited
+    from vmsandbox.session.live.limits import LimitReachedError, limited
 
     began = time.monotonic()
     try:
@@ -278,7 +278,7 @@ def _person(name: str) -> Person | None:
 def _ending(channel: Any) -> Iterator[None]:
     """Ctrl-C goes to the command, too; one that has met its limit is killed; and no channel stays open."""
     from vmsandbox.guest.ssh import send_signal
-    from vmsandbox.session.limits import ended_at_limit
+    from vmsandbox.session.live.limits import ended_at_limit
 
     try:
         with ended_at_limit(channel):

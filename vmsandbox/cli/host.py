@@ -12,7 +12,7 @@ from vmsandbox.cli.options import EmulationOption, JsonOption
 from vmsandbox.cli.output import make_monitor, print_json
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.plan import ALLOW_EMULATION
+from vmsandbox.session.opening.plan import ALLOW_EMULATION
 
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -80,7 +80,7 @@ def gc(
 
     layout = Layout.from_environment()
     if new_ledger:
-        from vmsandbox.session.renewal import renew_ledger
+        from vmsandbox.session.resources.renewal import renew_ledger
 
         print(f"vmsandbox: the damaged ledger is kept as {renew_ledger(layout)}", file=sys.stderr)
     host = Host.open()

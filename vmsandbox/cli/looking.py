@@ -16,7 +16,7 @@ from vmsandbox.cli.output import print_json, print_table
 from vmsandbox.errors import VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.review.text import shown
-from vmsandbox.session.folder import SessionFolder, live_sessions
+from vmsandbox.session.state.folder import SessionFolder, live_sessions
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +60,7 @@ def _tell_promised(layout: Layout) -> None:
 def _orphan_rows(layout: Layout) -> list[dict[str, Any]]:
     """What the ledger knows of and no session has: its folder was lost, or its making was interrupted."""
     from vmsandbox.ledger.book import Ledger, LedgerError
-    from vmsandbox.session.orphans import orphans, told
+    from vmsandbox.session.resources.orphans import orphans, told
 
     try:
         found = orphans(layout, Ledger.of(layout).rows())
@@ -76,10 +76,10 @@ def _orphan_rows(layout: Layout) -> list[dict[str, Any]]:
 
 
 def _row(folder: SessionFolder) -> dict[str, Any]:
-    from vmsandbox.session.freezing import is_frozen
     from vmsandbox.session.gc import guest_is_alive
-    from vmsandbox.session.keeper import keeper_is_alive
-    from vmsandbox.session.watching import health_of
+    from vmsandbox.session.network.keeper import keeper_is_alive
+    from vmsandbox.session.upkeep.freezing import is_frozen
+    from vmsandbox.session.upkeep.watching import health_of
 
     try:
         info = folder.info()
@@ -119,7 +119,7 @@ def logs(
     json: JsonOption = False,
 ) -> int:
     """Show a session's events, checked against their chain. NAME may also be the id of an ended session."""
-    from vmsandbox.session.record import find_record
+    from vmsandbox.session.records.record import find_record
 
     layout = Layout.from_environment()
     record = find_record(layout, name).folder
@@ -155,7 +155,7 @@ def _event_line(entry: dict[str, Any]) -> str:
 
 
 def _show_findings(record: Path, json: bool) -> int:
-    from vmsandbox.session.incoming import findings_of
+    from vmsandbox.session.transfer.incoming import findings_of
 
     rows = findings_of(record)
     if json:

@@ -8,7 +8,7 @@ import typer
 
 from vmsandbox.cli.options import NameArgument
 from vmsandbox.paths import Layout
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.state.folder import SessionFolder
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +21,7 @@ def freeze(
     name: NameArgument, reason: Annotated[str, typer.Option("--reason", help="Written into the journal.")] = ""
 ) -> int:
     """Stop a guest's processors; nothing of it is lost. `thaw` lets it go on."""
-    from vmsandbox.session.freezing import freeze_guest
+    from vmsandbox.session.upkeep.freezing import freeze_guest
 
     folder = SessionFolder(Layout.from_environment(), name)
     freeze_guest(folder, folder.info(), by="person", reason=reason)
@@ -30,7 +30,7 @@ def freeze(
 
 def thaw(name: NameArgument) -> int:
     """Let a frozen guest go on."""
-    from vmsandbox.session.freezing import thaw_guest
+    from vmsandbox.session.upkeep.freezing import thaw_guest
 
     folder = SessionFolder(Layout.from_environment(), name)
     thaw_guest(folder, folder.info())

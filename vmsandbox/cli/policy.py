@@ -194,12 +194,12 @@ def propose(
 
 
 def _events(name: str) -> Iterator[EgressEvent]:
-    from vmsandbox.session.egress_log import FILE, events_in
+    from vmsandbox.session.network.egress_log import FILE, events_in
 
     path = Path(name)
     if not (path.suffix == ".jsonl" and path.is_file()):
         from vmsandbox.paths import Layout
-        from vmsandbox.session.record import find_record
+        from vmsandbox.session.records.record import find_record
 
         path = find_record(Layout.from_environment(), name).folder / FILE
     try:

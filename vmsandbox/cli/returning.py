@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from vmsandbox.monitor import Monitor
     from vmsandbox.review.values import Review, Selection
     from vmsandbox.session.acceptance import Returned
-    from vmsandbox.session.commits import ReturnedCommits
-    from vmsandbox.session.record import Record
+    from vmsandbox.session.records.record import Record
+    from vmsandbox.session.transfer.commits import ReturnedCommits
 
 PERSON = "person"
 
@@ -119,8 +119,8 @@ def restore(
     ] = None,
 ) -> int:
     """Write the tree that a project had before a session into a folder of its own (backups are made by themselves)."""
-    from vmsandbox.session.record import find_record
-    from vmsandbox.session.restore import restore as restore_backup
+    from vmsandbox.session.records.record import find_record
+    from vmsandbox.session.records.restore import restore as restore_backup
 
     record = find_record(Layout.from_environment(), name)
     target = to
@@ -141,7 +141,7 @@ def restore(
 def returned_of(name: str) -> Returned:
     """Fetch and review what a live session has, or what an ended one left."""
     from vmsandbox.session.acceptance import review_with_commands
-    from vmsandbox.session.record import find_record
+    from vmsandbox.session.records.record import find_record
 
     layout = Layout.from_environment()
     monitor = make_monitor()
@@ -212,8 +212,8 @@ def _take_commits(name: str, returned: Returned) -> ReturnedCommits:
 
 
 def _collect_if_alive(name: str, layout: Layout, monitor: Monitor) -> None:
-    from vmsandbox.session.folder import SessionFolder
     from vmsandbox.session.sandbox import Sandbox
+    from vmsandbox.session.state.folder import SessionFolder
 
     try:
         SessionFolder(layout, name).info()

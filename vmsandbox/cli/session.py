@@ -34,14 +34,14 @@ from vmsandbox.cli.showing import as_json, print_review, tell_applied, tell_comm
 from vmsandbox.errors import UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.limits import LimitReachedError
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.live.limits import LimitReachedError
+from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.spec import Accept, History, NetworkMode
 
 if TYPE_CHECKING:
-    from vmsandbox.session.commits import ReturnedCommits
     from vmsandbox.session.sandbox import Sandbox
+    from vmsandbox.session.transfer.commits import ReturnedCommits
 
 
 def register(app: typer.Typer) -> None:
@@ -144,15 +144,15 @@ def _standing(request: SessionRequest, policy: Path | None, alone: ExitStack) ->
 
 
 def _roll_back(sandbox: Sandbox) -> None:
-    from vmsandbox.session.rollback import roll_back
+    from vmsandbox.session.rewind.rollback import roll_back
 
     roll_back(sandbox, None, Programs())
 
 
 def _stop_watching(sandbox: Sandbox) -> LimitReachedError | None:
     """The command has ended: no limit ends the session any more. One that did just now is returned."""
-    from vmsandbox.session.limits import ended_by_limit
-    from vmsandbox.session.watching import end_watcher, is_watched
+    from vmsandbox.session.live.limits import ended_by_limit
+    from vmsandbox.session.upkeep.watching import end_watcher, is_watched
 
     if not is_watched(sandbox.folder):
         return None
@@ -198,7 +198,7 @@ def _bring_back(sandbox: Sandbox, accept: Accept | None, json: bool) -> dict[str
     """Review what lies in quarantine, take what was asked for; returns it for `--json`."""
     from vmsandbox.cli.returning import PERSON, choose, take
     from vmsandbox.session.acceptance import review_with_commands
-    from vmsandbox.session.record import find_record
+    from vmsandbox.session.records.record import find_record
 
     returned = review_with_commands(find_record(sandbox.layout, sandbox.info.id), sandbox.layout, sandbox.monitor)
     if not json:

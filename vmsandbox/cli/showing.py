@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vmsandbox.apply.transaction import Applied
     from vmsandbox.review.values import FileChange, Finding, Review
     from vmsandbox.session.acceptance import Returned
-    from vmsandbox.session.commits import ReturnedCommits
+    from vmsandbox.session.transfer.commits import ReturnedCommits
 
 MOST_LINES = 60  # changes listed for people; --json has all
 _LETTERS = {"added": "A", "modified": "M", "deleted": "D", "renamed": "R", "mode_changed": "X", "kind_changed": "T"}

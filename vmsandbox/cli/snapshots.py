@@ -13,7 +13,7 @@ from vmsandbox.cli.options import JsonOption, NameArgument
 from vmsandbox.cli.output import make_monitor, print_json, print_table
 
 if TYPE_CHECKING:
-    from vmsandbox.session.snapshots import SnapshotRow
+    from vmsandbox.session.rewind.snapshots import SnapshotRow
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +29,8 @@ def snapshot(
     json: JsonOption = False,
 ) -> int:
     """Keep what a running guest is now, memory and disk together. It stands still for a moment only."""
+    from vmsandbox.session.rewind.snapshots import take_snapshot
     from vmsandbox.session.sandbox import Sandbox
-    from vmsandbox.session.snapshots import take_snapshot
 
     row = take_snapshot(Sandbox.attach(name, monitor=make_monitor()), tag)
     if json:
@@ -49,9 +49,9 @@ def snapshots(
     json: JsonOption = False,
 ) -> int:
     """List a session's snapshots as a tree: what each one was taken after, and what it takes on disk."""
+    from vmsandbox.session.rewind.snapshots import remove_snapshot
+    from vmsandbox.session.rewind.snapshots import snapshots as rows_of
     from vmsandbox.session.sandbox import Sandbox
-    from vmsandbox.session.snapshots import remove_snapshot
-    from vmsandbox.session.snapshots import snapshots as rows_of
 
     sandbox = Sandbox.attach(name, monitor=make_monitor())
     if remove is not None:
@@ -83,7 +83,7 @@ def rollback(
 ) -> int:
     """Bring a running session back to a snapshot, or to its start. Its connections end; names and keys stay."""
     from vmsandbox.process import Programs
-    from vmsandbox.session.rollback import roll_back
+    from vmsandbox.session.rewind.rollback import roll_back
     from vmsandbox.session.sandbox import Sandbox
 
     sandbox = Sandbox.attach(name, monitor=make_monitor())

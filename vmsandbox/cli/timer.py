@@ -30,7 +30,7 @@ def timer(
     """
     from vmsandbox.policy.packaged import packaged_policy
     from vmsandbox.render.timer import render_units
-    from vmsandbox.session.holding import effective_for
+    from vmsandbox.session.asked.holding import effective_for
     from vmsandbox.session.timers import check_schedule, install_timer, remove_timer, timer_for
 
     project, programs = Path(os.path.realpath(path)), Programs()  # one name, however it was written

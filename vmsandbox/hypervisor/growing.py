@@ -1,7 +1,7 @@
 """A fork that becomes a template itself: its memory is a file of its own that its writes go to.
 
 An ordinary fork maps its template's memory privately, and what it writes there is gone with it. Here a policy's own
-command has a guest with an identity and a network, and what is left of it is frozen (`session.creating`).
+command has a guest with an identity and a network, and what is left of it is frozen (`session.opening.creating`).
 """
 
 from __future__ import annotations

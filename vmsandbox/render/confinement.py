@@ -1,7 +1,7 @@
 """What a policy asks of the guest, as one message to its control program.
 
 Pure: the same policy gives the same message, because the key of its template is the hash of it. What depends on the
-project (its denied and writable paths) comes after the push, as operation `project` (`session.enforced`).
+project (its denied and writable paths) comes after the push, as operation `project` (`session.transfer.enforced`).
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from vmsandbox.review.rules_load import load_risky_paths, load_security_rules
 from vmsandbox.review.select import operations, selection_of
 from vmsandbox.review.text import shown
 from vmsandbox.review.values import Contents, Operation, Review, Selection
-from vmsandbox.session.pushed import PushedContents, open_below
-from vmsandbox.session.record import Record
+from vmsandbox.session.records.pushed import PushedContents, open_below
+from vmsandbox.session.records.record import Record
 from vmsandbox.spec import Accept
 
 RISKY_PATHS = ".claude/risky-paths.yaml"

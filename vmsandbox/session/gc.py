@@ -27,15 +27,22 @@ from vmsandbox.ledger.processes import Process
 from vmsandbox.paths import Layout
 from vmsandbox.removal import GONE
 from vmsandbox.render.domain import METADATA_NS
-from vmsandbox.session.disk_watch import ENOUGH_ROOM, free_bytes, go_on
-from vmsandbox.session.folder import SessionFolder, live_sessions
-from vmsandbox.session.guestlock import guest_locked
-from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.orphans import Removed, applied_to, forget_applied, orphans, owned_guests, remove_orphan
-from vmsandbox.session.quotas import make_room, remove_old_records
-from vmsandbox.session.recovery import recovered_guests
-from vmsandbox.session.teardown import tear_down
-from vmsandbox.session.unfinished import parts_in_records, unfinished_projects
+from vmsandbox.session.live.teardown import tear_down
+from vmsandbox.session.records.unfinished import parts_in_records, unfinished_projects
+from vmsandbox.session.resources.orphans import (
+    Removed,
+    applied_to,
+    forget_applied,
+    orphans,
+    owned_guests,
+    remove_orphan,
+)
+from vmsandbox.session.resources.quotas import make_room, remove_old_records
+from vmsandbox.session.rewind.recovery import recovered_guests
+from vmsandbox.session.state.folder import SessionFolder, live_sessions
+from vmsandbox.session.state.guestlock import guest_locked
+from vmsandbox.session.state.info import SessionInfo
+from vmsandbox.session.upkeep.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 
 UNUSED_TEMPLATE_DAYS = 30
 _LOCK = "gc.lock"
@@ -188,7 +195,7 @@ def _stray_domains(layout: Layout, host: Host, ledger: Ledger) -> Iterator[Remov
 
 def _stray_networks(layout: Layout, host: Host) -> Iterator[Removed]:
     """Networks of filtered guests, and folders of brokers' sockets, that belong to no session."""
-    from vmsandbox.session.filtered import remove_stray_cards
+    from vmsandbox.session.network.filtered import remove_stray_cards
 
     for name, left in remove_stray_cards(layout, host):
         yield Removed("network", name, "it belongs to no session", "; ".join(left))

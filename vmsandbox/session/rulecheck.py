@@ -16,7 +16,7 @@ from vmsandbox.policy.values import Policy
 from vmsandbox.review.manifest import Manifest
 from vmsandbox.review.rules import CommandRule, command_findings
 from vmsandbox.review.values import Contents, Finding
-from vmsandbox.session.request import SessionRequest
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.sandbox import Sandbox
 from vmsandbox.spec import PROJECTS, NetworkMode
 

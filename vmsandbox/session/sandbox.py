@@ -24,30 +24,30 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
-from vmsandbox.session.admitting import room_for
-from vmsandbox.session.baseline import keep_baseline
-from vmsandbox.session.enforced import enforced
-from vmsandbox.session.folder import SessionFolder
-from vmsandbox.session.guestlock import guest_locked
-from vmsandbox.session.holding import effective_for, held
-from vmsandbox.session.limits import ended_at_limit, limited
-from vmsandbox.session.origin import adopt, standing_on
-from vmsandbox.session.plan import prepare
-from vmsandbox.session.record import Record
-from vmsandbox.session.request import SessionRequest
-from vmsandbox.session.running import RunningSandbox
-from vmsandbox.session.sizes import needs_watcher
-from vmsandbox.session.starting import back_up, claim, get_ready, start_guest, write_opened
-from vmsandbox.session.unfinished import make_whole
-from vmsandbox.session.watching import start_watcher
+from vmsandbox.session.asked.holding import effective_for, held
+from vmsandbox.session.asked.request import SessionRequest
+from vmsandbox.session.asked.sizes import needs_watcher
+from vmsandbox.session.live.limits import ended_at_limit, limited
+from vmsandbox.session.live.running import RunningSandbox
+from vmsandbox.session.opening.plan import prepare
+from vmsandbox.session.opening.starting import back_up, claim, get_ready, start_guest, write_opened
+from vmsandbox.session.records.record import Record
+from vmsandbox.session.records.unfinished import make_whole
+from vmsandbox.session.resources.admitting import room_for
+from vmsandbox.session.resources.baseline import keep_baseline
+from vmsandbox.session.rewind.origin import adopt, standing_on
+from vmsandbox.session.state.folder import SessionFolder
+from vmsandbox.session.state.guestlock import guest_locked
+from vmsandbox.session.transfer.enforced import enforced
+from vmsandbox.session.upkeep.watching import start_watcher
 from vmsandbox.spec import History
 
 if TYPE_CHECKING:
     from vmsandbox.guest.ask import Question
     from vmsandbox.review.changes import Changes
-    from vmsandbox.session.asking import Asking, Person
-    from vmsandbox.session.collect import Collected
-    from vmsandbox.session.commits import ReturnedCommits
+    from vmsandbox.session.live.asking import Asking, Person
+    from vmsandbox.session.transfer.collect import Collected
+    from vmsandbox.session.transfer.commits import ReturnedCommits
 
 LOGIN_DEADLINE = 30  # seconds
 _SNAPSHOT_SECONDS = 20.0  # that something is not copied in because a snapshot is being taken
@@ -125,7 +125,7 @@ class Sandbox(RunningSandbox):
                 if needs_watcher(asked.policy.session, reserved):
                     start_watcher(sandbox.folder, sandbox.info, asked.policy.session, runner, reserved)
                 if asked.snapshot:
-                    from vmsandbox.session.snapshots import keep_start
+                    from vmsandbox.session.rewind.snapshots import keep_start
 
                     keep_start(sandbox)
                 if asked.keep:  # last: one that was killed before is this process's, and goes with it
@@ -147,7 +147,7 @@ class Sandbox(RunningSandbox):
         where = layout or Layout.from_environment()
         folder = SessionFolder(where, name)
         if folder.is_between_guests:
-            from vmsandbox.session.recovery import finish_rollback
+            from vmsandbox.session.rewind.recovery import finish_rollback
 
             finish_rollback(folder)
         return cls(where, folder, folder.info(), monitor or Monitor())
@@ -162,7 +162,7 @@ class Sandbox(RunningSandbox):
 
     def asking(self, person: Person | None = None) -> Asking:
         """A context in which the guest's questions about commands are answered (None: with no, and written down)."""
-        from vmsandbox.session.asking import Asking
+        from vmsandbox.session.live.asking import Asking
 
         return Asking(self.folder, self.journal, person)
 
@@ -178,7 +178,7 @@ class Sandbox(RunningSandbox):
             LimitReachedError: it wrote more than it may, or the session's time was up.
         """
         from vmsandbox.guest.streams import join_streams, write_all
-        from vmsandbox.session.asking import answered_by
+        from vmsandbox.session.live.asking import answered_by
 
         began = time.monotonic()
         with limited(self) as meter, self.asking(answered_by(answer)) as asking:
@@ -196,12 +196,12 @@ class Sandbox(RunningSandbox):
         programs: Programs | None = None,
         history: History = History.NONE,
     ) -> None:
-        """Copy a project into the guest, and give it a repository of its own (`session.project`, `session.history`).
+        """Copy a project into the guest, and give it a repository of its own (`transfer.project`, `transfer.history`).
 
-        policy: the one that holds (`session.holding`); None: as for `open`.
+        policy: the one that holds (`session.asked.holding`); None: as for `open`.
         """
-        from vmsandbox.session.history import give_history
-        from vmsandbox.session.project import guest_folder_for, push_project
+        from vmsandbox.session.transfer.history import give_history
+        from vmsandbox.session.transfer.project import guest_folder_for, push_project
 
         rules = policy if policy is not None else effective_for(project, None).policy
         runner = programs or Programs()
@@ -222,8 +222,8 @@ class Sandbox(RunningSandbox):
         return compare(collected.pushed, collected.returned)
 
     def collect(self) -> Collected:
-        """Fetch what changed into the record's quarantine (see `vmsandbox.session.collect`)."""
-        from vmsandbox.session.collect import collect, refusal_text
+        """Fetch what changed into the record's quarantine (see `vmsandbox.session.transfer.collect`)."""
+        from vmsandbox.session.transfer.collect import collect, refusal_text
 
         collected = collect(self)
         if collected.refused:
@@ -231,8 +231,8 @@ class Sandbox(RunningSandbox):
         return collected
 
     def commits(self, project: Path) -> ReturnedCommits:
-        """Take the guest's commits into the project's repository, below refs/vmsandbox (`session.commits`)."""
-        from vmsandbox.session.commits import collect_commits
+        """Take the guest's commits into the project's repository, below refs/vmsandbox (`session.transfer.commits`)."""
+        from vmsandbox.session.transfer.commits import collect_commits
 
         landed = collect_commits(self, project, Programs())
         self.journal.append(events.CommitsReturned([branch.ref for branch in landed.branches], list(landed.skipped)))

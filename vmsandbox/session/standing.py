@@ -17,14 +17,14 @@ from vmsandbox.journal import events
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
-from vmsandbox.session.folder import SessionFolder
+from vmsandbox.session.asked.request import SessionRequest
 from vmsandbox.session.gc import guest_is_alive
-from vmsandbox.session.made import made_of, unlike
-from vmsandbox.session.plan import prepare
-from vmsandbox.session.request import SessionRequest
-from vmsandbox.session.rollback import roll_back
+from vmsandbox.session.opening.made import made_of, unlike
+from vmsandbox.session.opening.plan import prepare
+from vmsandbox.session.rewind.rollback import roll_back
+from vmsandbox.session.rewind.snapshots import START
 from vmsandbox.session.sandbox import Sandbox
-from vmsandbox.session.snapshots import START
+from vmsandbox.session.state.folder import SessionFolder
 
 # After one of these a guest is as it was at its start.
 _FRESH = (events.RolledBack.kind, events.SnapshotTaken.kind)

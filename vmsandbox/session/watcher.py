@@ -1,4 +1,4 @@
-"""What the watcher's process does (see `session.watching`): ends one session at its limits, runs its health check.
+"""What the watcher's process does (see `upkeep.watching`): ends one session at its limits, runs its health check.
 
 The session is known by its id and its guest by its UUID, looked at each time: a name that is used again is another
 session. What the guest made of the project is fetched first, so that an end by a limit loses no work.
@@ -24,16 +24,16 @@ from vmsandbox.journal import events
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
-from vmsandbox.session.activity import activity_file
-from vmsandbox.session.balloon import Balloon
-from vmsandbox.session.ending import end_session
-from vmsandbox.session.folder import SessionFolder, guests_of
-from vmsandbox.session.freezing import is_frozen
 from vmsandbox.session.gc import guest_is_alive
-from vmsandbox.session.health import Health
-from vmsandbox.session.info import SessionInfo
-from vmsandbox.session.teardown import end_guest
-from vmsandbox.session.watching import COLLECT_SECONDS
+from vmsandbox.session.live.ending import end_session
+from vmsandbox.session.live.teardown import end_guest
+from vmsandbox.session.state.activity import activity_file
+from vmsandbox.session.state.folder import SessionFolder, guests_of
+from vmsandbox.session.state.info import SessionInfo
+from vmsandbox.session.upkeep.balloon import Balloon
+from vmsandbox.session.upkeep.freezing import is_frozen
+from vmsandbox.session.upkeep.health import Health
+from vmsandbox.session.upkeep.watching import COLLECT_SECONDS
 
 _LOOK = 1.0  # seconds between two looks, at most
 

@@ -15,7 +15,7 @@ from vmsandbox.session.checks.ledger import check_ledger
 
 GIB = 1 << 30
 ENOUGH_DISK, LEAST_DISK = 6 * GIB, 3 * GIB
-GUEST_MEMORY = 640 << 20  # reserved for a guest of the usual size (`session.admitting`)
+GUEST_MEMORY = 640 << 20  # reserved for a guest of the usual size (`session.resources.admitting`)
 NETWORK_MEMORY = 96 << 20  # for its broker
 
 

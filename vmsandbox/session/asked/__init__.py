@@ -1,0 +1,1 @@
+"""What a person asks of a session, and what the policies that hold make of it."""

@@ -1,0 +1,1 @@
+"""A running session: reached, held to its limits, ended."""

@@ -1,0 +1,1 @@
+"""What stays of a session: its record, and the project as it was before."""

@@ -1,0 +1,1 @@
+"""A guest's snapshots, and the guests that begin as one."""
