@@ -196,16 +196,22 @@ def test_a_start_that_is_killed_before_all_is_in_force_leaves_no_guest(cli: Cli,
     assert not (cli.layout.live / "early").exists()
 
 
-def test_a_start_that_is_interrupted_while_its_start_is_kept_leaves_no_guest(cli: Cli, tmp_path: Path) -> None:
-    flag = tmp_path / "flag"
+@pytest.mark.parametrize("what", ["program", "guest"])
+def test_a_start_that_is_interrupted_while_its_start_is_kept_leaves_no_guest(
+    cli: Cli, tmp_path: Path, what: str
+) -> None:
+    flag, folder = tmp_path / "flag", SessionFolder(cli.layout, "early")
     waiting = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"snapshot.memory=tell:{flag}"})
     process = waiting.start("start", "--empty", "--name", "early")
     wait_for(flag.exists, 60)
-    os.kill(process.pid, signal.SIGINT)
+    if what == "program":
+        os.kill(process.pid, signal.SIGINT)
+    else:
+        os.kill(folder.qemu_pid(folder.info()), signal.SIGKILL)
     flag.unlink()
     status, out, stderr = ended(process)
-    assert status == 130 and not out, stderr
-    assert not (cli.layout.live / "early").exists()
+    assert status == {"program": 130, "guest": 125}[what] and not out, stderr
+    assert not folder.path.exists()
 
 
 def test_the_name_of_a_guest_whose_record_cannot_be_read_is_in_use(fork: Callable[..., Guest]) -> None:

@@ -76,7 +76,6 @@ def _orphan_rows(layout: Layout) -> list[dict[str, Any]]:
 
 
 def _row(folder: SessionFolder) -> dict[str, Any]:
-    from vmsandbox.session.gc import guest_is_alive
     from vmsandbox.session.network.keeper import keeper_is_alive
     from vmsandbox.session.upkeep.freezing import is_frozen
     from vmsandbox.session.upkeep.watching import health_of
@@ -86,7 +85,7 @@ def _row(folder: SessionFolder) -> dict[str, Any]:
     except VmsandboxError as error:
         return {"name": folder.name, "state": "damaged", "health": None, "grade": None, "network": None, "image": None,
                 "created": None, "project": None, "id": None, "problem": error.brief}  # fmt: skip
-    alive = guest_is_alive(folder, info)
+    alive = folder.guest_is_alive(info)
     if info.owner_pid > 0 and not info.owner_is_alive:
         state = "orphan"
     elif not info.ready:

@@ -39,9 +39,8 @@ from vmsandbox.session.resources.orphans import (
 )
 from vmsandbox.session.resources.quotas import make_room, remove_old_records
 from vmsandbox.session.rewind.recovery import recovered_guests
-from vmsandbox.session.state.folder import SessionFolder, live_sessions
+from vmsandbox.session.state.folder import live_sessions
 from vmsandbox.session.state.guestlock import guest_locked
-from vmsandbox.session.state.info import SessionInfo
 from vmsandbox.session.upkeep.disk_watch import ENOUGH_ROOM, free_bytes, go_on
 
 UNUSED_TEMPLATE_DAYS = 30
@@ -121,14 +120,6 @@ def _by_the_ledger(layout: Layout, host: Host, ledger: Ledger, rows: list[Row]) 
     drop_dead(ledger)
 
 
-def guest_is_alive(folder: SessionFolder, info: SessionInfo) -> bool:
-    """Whether the session's own QEMU process runs."""
-    with suppress(OSError, ValueError):
-        pid = folder.qemu_pid(info)
-        return info.uuid.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
-
-
 def _dead_sessions(layout: Layout, rows: list[Row]) -> Iterator[Removed]:
     in_work = {row.session for row in rows if row.maker_is_alive}  # a rollback, between two guests
     for folder in live_sessions(layout):
@@ -141,7 +132,7 @@ def _dead_sessions(layout: Layout, rows: list[Row]) -> Iterator[Removed]:
             continue
         if info.owner_pid > 0:
             why = "the process that ran it is gone"
-        elif not guest_is_alive(folder, info):
+        elif not folder.guest_is_alive(info):
             why = "its guest is gone"
         else:
             continue

@@ -18,7 +18,6 @@ from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.process import Programs
 from vmsandbox.session.asked.request import SessionRequest
-from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.opening.made import made_of, unlike
 from vmsandbox.session.opening.plan import prepare
 from vmsandbox.session.rewind.rollback import roll_back
@@ -66,7 +65,7 @@ def standing_guest(
         return None
     alone.enter_context(alone_in(folder))
     info = folder.info()
-    if not guest_is_alive(folder, info):
+    if not folder.guest_is_alive(info):
         raise UserInputError(
             f"the guest of session {info.name!r} is gone", resolution=f"`vmsandbox stop {info.name}`, then again"
         )

@@ -24,7 +24,6 @@ from vmsandbox.journal import events
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
 from vmsandbox.policy.values import Healthcheck
-from vmsandbox.session.gc import guest_is_alive
 from vmsandbox.session.live.ending import end_session
 from vmsandbox.session.live.teardown import end_guest
 from vmsandbox.session.state.activity import activity_file
@@ -105,7 +104,7 @@ class _Watch:
         self._last_note = self._noted()
         for qemu in guests_of(self._folder, info):
             now = self._info()
-            if now is None or not guest_is_alive(self._folder, now):
+            if now is None or not self._folder.guest_is_alive(now):
                 return None
             balloon = Balloon(now.uuid, now.memory_mib, self._reserved) if self._reserved else None
             poller = select.poll()

@@ -8,16 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.policy.importing.shapes import NotUnderstoodError
 from vmsandbox.policy.importing.texts import depends, shown
 
-if TYPE_CHECKING:
-    from vmsandbox.policy.importing.mounts import Mount
-
 ALWAYS = "holds in every session"
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A folder or file of the host in a container. source: as written; target: absolute, normal."""
+
+    at: str
+    source: str
+    target: str
+    read_only: bool
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ is mounted into a guest: the project is copied in, and what changed is reviewed 
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
 
-from vmsandbox.policy.importing.draft import Draft
+from vmsandbox.policy.importing.draft import Draft, Mount
 from vmsandbox.policy.importing.texts import options, shown, size
 from vmsandbox.policy.rendering import plain_size
 from vmsandbox.policy.words import tmpfs_path
@@ -18,16 +17,6 @@ from vmsandbox.spec import WORKER_HOME
 TMPFS_SIZE = 256 << 20  # where a file says none: docker would take half of the host's memory
 _WORKSPACES = ("/workspace", "/workspaces", "/work", "/app", "/src", "/code", "/project", "/repo")
 _SOCKETS = ("docker.sock", "containerd.sock", "podman.sock", "crio.sock")
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A folder or file of the host in a container. source: as written; target: absolute, normal."""
-
-    at: str
-    source: str
-    target: str
-    read_only: bool
 
 
 def take_tmpfs(draft: Draft, at: str, path: str, settings: dict[str, str]) -> None:

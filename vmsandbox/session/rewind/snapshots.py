@@ -131,6 +131,8 @@ def keep_start(sandbox: RunningSandbox) -> None:
     try:
         take_snapshot(sandbox, START)
     except (HostError, GuestError) as error:
+        if not sandbox.folder.guest_is_alive(sandbox.folder.info()):
+            raise GuestError("the guest ended while its start was kept", details=error.brief) from error
         sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
 
 

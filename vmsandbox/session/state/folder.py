@@ -68,6 +68,12 @@ class SessionFolder:
         """It. Raises OSError or ValueError where it is not known."""
         return int(self.pid_file(info).read_text())
 
+    def guest_is_alive(self, info: SessionInfo) -> bool:
+        """Whether the session's own QEMU process runs."""
+        with suppress(OSError, ValueError):
+            return info.uuid.encode() in Path(f"/proc/{self.qemu_pid(info)}/cmdline").read_bytes()
+        return False
+
     @property
     def snapshots(self) -> Path:
         """The folder of its snapshots."""
