@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from vmsandbox.session.transfer.collect import Collected
     from vmsandbox.session.transfer.commits import ReturnedCommits
 
-LOGIN_DEADLINE = 30  # seconds
 _SNAPSHOT_SECONDS = 20.0  # that something is not copied in because a snapshot is being taken
 
 
