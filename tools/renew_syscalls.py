@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vmsandbox.policy.seccomp_native import syscall_names
+from vmsandbox.policy.seccomp.native import syscall_names
 from vmsandbox.policy.syscalls_needed import DATA
 
 RECORDER = Path(__file__).with_name("record_syscalls.py")

@@ -6,7 +6,7 @@ import json
 
 from harness import REPOSITORY, Guest
 
-from vmsandbox.policy.seccomp_native import syscall_names
+from vmsandbox.policy.seccomp.native import syscall_names
 from vmsandbox.policy.syscalls_needed import recorded
 
 RECORDER = REPOSITORY / "tools/record_syscalls.py"

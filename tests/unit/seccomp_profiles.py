@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vmsandbox.policy.seccomp_native import syscall_number
+from vmsandbox.policy.seccomp.native import syscall_number
 
 SAMPLE = json.dumps(
     {

@@ -14,9 +14,9 @@ from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.git import objects
 from vmsandbox.git.giving import GuestRepository, history, snapshot
 from vmsandbox.git.objects import PackWriter
-from vmsandbox.policy.denied import DeniedPaths
-from vmsandbox.policy.gitrepo import find_repository
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.denied import DeniedPaths
+from vmsandbox.policy.tree.gitrepo import find_repository
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.process import Programs
 from vmsandbox.review.manifest import Manifest
 

@@ -18,7 +18,7 @@ from vmsandbox.git.names import is_git_folder, is_plain_branch
 from vmsandbox.git.objects import TreeEntry, encode_tree, object_id
 from vmsandbox.git.quarantine import Given, PackLimits, Submodule, quarantine
 from vmsandbox.git.touching import Denied
-from vmsandbox.policy.gitrun import GitLimits, HostGit
+from vmsandbox.policy.tree.gitrun import GitLimits, HostGit
 from vmsandbox.process import Programs
 from vmsandbox.review.returning import DeniedReturns
 from vmsandbox.session.transfer.commits import parse_untrusted_branches, receive_untrusted

@@ -20,9 +20,9 @@ from vmsandbox.git.giving import history, snapshot
 from vmsandbox.git.landing import land
 from vmsandbox.git.quarantine import Given, PackLimits, quarantine
 from vmsandbox.guest.walk import walk_project
-from vmsandbox.policy.denied import DeniedPaths
-from vmsandbox.policy.gitrepo import find_repository, tracked_files
-from vmsandbox.policy.gitrun import ENVIRONMENT, OVERRIDES, SUBCOMMANDS, HostGit
+from vmsandbox.policy.tree.denied import DeniedPaths
+from vmsandbox.policy.tree.gitrepo import find_repository, tracked_files
+from vmsandbox.policy.tree.gitrun import ENVIRONMENT, OVERRIDES, SUBCOMMANDS, HostGit
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session.records.backup import make_backup

@@ -19,9 +19,9 @@ import pytest
 from seccomp_profiles import SAMPLE, argument_of, entry, number_of, profile_of
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.oci_seccomp import canonical_profile, check_profile, compile_profile, profile_notes
-from vmsandbox.policy.seccomp_proof import decide
-from vmsandbox.policy.seccomp_values import ACTIONS, OPERATORS, Condition, kernel_return
+from vmsandbox.policy.seccomp.oci import canonical_profile, check_profile, compile_profile, profile_notes
+from vmsandbox.policy.seccomp.proof import decide
+from vmsandbox.policy.seccomp.values import ACTIONS, OPERATORS, Condition, kernel_return
 
 CHILD = Path(__file__).with_name("seccomp_child.py")
 ALLOW, KILL_PROCESS = 0x7FFF0000, 0x80000000

@@ -9,7 +9,7 @@ import pytest
 from seccomp_profiles import argument_of, entry, profile_of
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.oci_seccomp import check_profile
+from vmsandbox.policy.seccomp.oci import check_profile
 
 ERRNO, KILL = "SCMP_ACT_ERRNO", "SCMP_ACT_KILL"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from vmsandbox.errors import UserInputError
+from vmsandbox.policy.format.rendering import plain_policy, to_yaml
 from vmsandbox.policy.load import load_policy
 from vmsandbox.policy.packaged import packaged_names, packaged_policy
-from vmsandbox.policy.rendering import plain_policy, to_yaml
 from vmsandbox.policy.values import Policy
 from vmsandbox.render.confinement import confinement_of
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from vmsandbox.errors import RefusedError, UserInputError
-from vmsandbox.policy.denied import DeniedPaths
-from vmsandbox.policy.globs import translate
 from vmsandbox.policy.load import MAX_BYTES, find_policy, load_policy
-from vmsandbox.policy.secrets import built_in
+from vmsandbox.policy.tree.denied import DeniedPaths
+from vmsandbox.policy.tree.globs import translate
+from vmsandbox.policy.tree.secrets import built_in
 from vmsandbox.policy.values import CommandsPolicy, FilesystemPolicy, NetworkPolicy, Policy
 
 SAMPLE = """\

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vmsandbox.policy.consent import reaches_into_host
 from vmsandbox.policy.load import load_policy
+from vmsandbox.policy.merging.consent import reaches_into_host
 
 HARMLESS = "mode: proxy, allowed_hosts: ['@pypi', example.org], rules: [{host: a.org, methods: [GET]}]"
 

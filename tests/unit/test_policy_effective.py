@@ -11,11 +11,11 @@ import yaml
 
 from vmsandbox.cli.policy_text import policy_lines, wider_lines
 from vmsandbox.errors import HostError, UserInputError
-from vmsandbox.policy.effective import ORGANISATION, Effective, effective_policy
+from vmsandbox.policy.format.rendering import plain_policy
 from vmsandbox.policy.lint import Finding, lint_policy, lint_within
 from vmsandbox.policy.load import load_policy
-from vmsandbox.policy.provenance import dotted, origins
-from vmsandbox.policy.rendering import plain_policy
+from vmsandbox.policy.merging.effective import ORGANISATION, Effective, effective_policy
+from vmsandbox.policy.merging.provenance import dotted, origins
 from vmsandbox.policy.values import Policy
 
 ORGANISATIONS = """\
@@ -100,7 +100,7 @@ def test_the_organisations_file_is_where_no_variable_leads_elsewhere() -> None:
 
 def test_without_a_policy_nothing_is_imported_for_one(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from vmsandbox.policy.effective import effective_policy; "
+        "import sys; from pathlib import Path; from vmsandbox.policy.merging.effective import effective_policy; "
         f"effective_policy(None, organisation=Path({str(tmp_path / 'a')!r}), user=Path({str(tmp_path / 'b')!r})); "
         "sys.exit('pydantic' in sys.modules or 'yaml' in sys.modules)"
     )

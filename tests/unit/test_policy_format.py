@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from vmsandbox.errors import UserInputError
+from vmsandbox.policy.format.model import PolicyFile
 from vmsandbox.policy.load import load_layer, load_policy
-from vmsandbox.policy.model import PolicyFile
 from vmsandbox.policy.values import (
     CommandsPolicy,
     FilesystemPolicy,

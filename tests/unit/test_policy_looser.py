@@ -12,7 +12,7 @@ from vmsandbox.errors import RefusedError
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.load import load_policy
 from vmsandbox.policy.looser import covers_command, looser_policy
-from vmsandbox.policy.merge import merge_two
+from vmsandbox.policy.merging.merge import merge_two
 from vmsandbox.policy.values import Policy
 
 UNCOMPARED = (

@@ -15,8 +15,8 @@ from vmsandbox.egress.packages import Fetch, Part, by_name, canonical
 from vmsandbox.egress.values import PackageRules
 from vmsandbox.errors import RefusedError
 from vmsandbox.policy.layer import Layer, layer_of
-from vmsandbox.policy.merge import merge, merge_two, says_commands
-from vmsandbox.policy.merge_network import says_hosts
+from vmsandbox.policy.merging.merge import merge, merge_two, says_commands
+from vmsandbox.policy.merging.merge_network import says_hosts
 from vmsandbox.policy.places import common, covers, inside, mount_over
 from vmsandbox.policy.values import (
     FilesystemPolicy,

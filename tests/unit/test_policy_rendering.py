@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from whole_policies import policies
 
-from vmsandbox.policy import words
+from vmsandbox.policy.format import words
+from vmsandbox.policy.format.rendering import plain_duration, plain_policy, plain_size, render_policy
 from vmsandbox.policy.load import load_layer, load_policy
-from vmsandbox.policy.rendering import plain_duration, plain_policy, plain_size, render_policy
 from vmsandbox.policy.values import KernelPolicy, Policy, SeccompProfile
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from vmsandbox.errors import HostError, RefusedError, UserInputError
-from vmsandbox.policy import signing
-from vmsandbox.policy.effective import effective_policy
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.load import load_layer
-from vmsandbox.policy.signing import sign, signature_of
+from vmsandbox.policy.merging import signing
+from vmsandbox.policy.merging.effective import effective_policy
+from vmsandbox.policy.merging.signing import sign, signature_of
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 

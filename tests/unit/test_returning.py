@@ -15,7 +15,7 @@ from test_acceptance import OLD, Ended
 from trees import File, Link, Tree, manifest_of, read_tree, review_of
 
 from vmsandbox.errors import RefusedError
-from vmsandbox.policy.return_rules import narrowed
+from vmsandbox.policy.merging.return_rules import narrowed
 from vmsandbox.policy.values import Policy, ReturnPolicy
 from vmsandbox.review.returning import DeniedReturns, over_limits, under
 from vmsandbox.review.values import Choice, Selection

@@ -12,7 +12,7 @@ from judged import change_of, findings_in, judged
 from trees import File, Tree
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.strictyaml import MAX_BYTES
+from vmsandbox.policy.format.strictyaml import MAX_BYTES
 from vmsandbox.review.rules import CommandRule, ReviewRules, command_findings
 from vmsandbox.review.rules_load import load_risky_paths, load_security_rules
 from vmsandbox.review.select import selection_of

@@ -11,7 +11,7 @@ import pytest
 from vmsandbox.errors import RefusedError
 from vmsandbox.guest.ask import Question
 from vmsandbox.monitor import Monitor
-from vmsandbox.policy.effective import effective_policy
+from vmsandbox.policy.merging.effective import effective_policy
 from vmsandbox.policy.values import CommandsPolicy, Policy, ResourcesPolicy
 from vmsandbox.session.asked import holding
 from vmsandbox.session.asked.request import SessionRequest

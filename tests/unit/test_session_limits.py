@@ -21,7 +21,7 @@ from vmsandbox.journal import events
 from vmsandbox.ledger.processes import process_started
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
-from vmsandbox.policy.consent import reaches_into_host
+from vmsandbox.policy.merging.consent import reaches_into_host
 from vmsandbox.policy.values import Healthcheck, Policy, ResourcesPolicy, SessionPolicy
 from vmsandbox.process import Programs
 from vmsandbox.session.asked.request import SessionRequest

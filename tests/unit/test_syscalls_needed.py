@@ -9,7 +9,7 @@ import pytest
 from seccomp_profiles import argument_of, entry, profile_of
 from test_cli_policy import run
 
-from vmsandbox.policy.seccomp_native import syscall_number
+from vmsandbox.policy.seccomp.native import syscall_number
 from vmsandbox.policy.syscalls_needed import SETPRIV, missing_calls, recorded
 
 SAMPLE = (Path(__file__).parent / "data/import/seccomp-claude.json").read_text()

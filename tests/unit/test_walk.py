@@ -257,7 +257,7 @@ def as_nobody(action: str, project: Path) -> subprocess.CompletedProcess[str]:
         "import os, sys; from pathlib import Path\n"
         "from vmsandbox.guest.walk import walk_project; from vmsandbox.policy.values import FilesystemPolicy, Policy\n"
         "from vmsandbox.errors import UserInputError\n"
-        "from vmsandbox.policy.secrets import built_in\n"
+        "from vmsandbox.policy.tree.secrets import built_in\n"
         "import pathspec; built_in()  # while they can still be read: the checkout may be in /root\n"
         "os.getuid() == 0 and (os.setgroups([]), os.setgid(65534), os.setuid(65534))\n"
         f"{action}\n"

@@ -20,9 +20,9 @@ from vmsandbox.errors import UserInputError
 
 if TYPE_CHECKING:
     from vmsandbox.egress.values import EgressEvent
-    from vmsandbox.policy.effective import Effective
     from vmsandbox.policy.layer import Layer
     from vmsandbox.policy.lint import Finding
+    from vmsandbox.policy.merging.effective import Effective
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command("import")(import_files)
@@ -36,7 +36,7 @@ FileArgument = Annotated[
 @app.command()
 def check(file: FileArgument = None, json: JsonOption = False) -> int:
     """Read a policy strictly, and say what in it has no effect or allows more than it looks like."""
-    from vmsandbox.policy.consent import reaches_into_host
+    from vmsandbox.policy.merging.consent import reaches_into_host
 
     effective = _effective(file)
     if effective.own is None:
@@ -62,7 +62,7 @@ def _findings(effective: Effective, own: Layer) -> list[Finding]:
 
     from vmsandbox.egress.lint import lint
     from vmsandbox.policy.lint import lint_policy, lint_within
-    from vmsandbox.policy.merge_network import says_hosts
+    from vmsandbox.policy.merging.merge_network import says_hosts
 
     wider = [layer for layer in effective.layers if layer is not own]
     network = own.policy.network
@@ -82,8 +82,8 @@ def show(file: FileArgument = None, json: JsonOption = False) -> int:
     from vmsandbox.cli.policy_text import policy_lines, print_network, wider_lines
     from vmsandbox.egress.compile import compile_policy
     from vmsandbox.egress.wire import policy_to_json
-    from vmsandbox.policy.provenance import dotted, origins
-    from vmsandbox.policy.rendering import plain_policy
+    from vmsandbox.policy.format.rendering import plain_policy
+    from vmsandbox.policy.merging.provenance import dotted, origins
 
     effective = _effective(file)
     policy = effective.policy
@@ -151,7 +151,7 @@ def sign(
     json: JsonOption = False,
 ) -> int:
     """Sign a policy and the seccomp profiles that it names (FILE.sig), for hosts that demand it."""
-    from vmsandbox.policy.signing import sign as sign_policy
+    from vmsandbox.policy.merging.signing import sign as sign_policy
     from vmsandbox.process import Programs
 
     made = [str(one) for one in sign_policy(file, key, Programs())]
@@ -165,7 +165,7 @@ def sign(
 @app.command()
 def schema() -> int:
     """Print the JSON Schema of policy files, for editors."""
-    from vmsandbox.policy.model import PolicyFile
+    from vmsandbox.policy.format.model import PolicyFile
 
     print_json(PolicyFile.model_json_schema(by_alias=True))
     return 0
@@ -213,8 +213,8 @@ def _events(name: str) -> Iterator[EgressEvent]:
 
 
 def _effective(file: Path | None) -> Effective:
-    from vmsandbox.policy.effective import effective_policy
     from vmsandbox.policy.load import find_policy
+    from vmsandbox.policy.merging.effective import effective_policy
 
     return effective_policy(file or find_policy(Path()))
 

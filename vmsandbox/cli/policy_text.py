@@ -10,8 +10,8 @@ from vmsandbox.cli.output import print_table
 if TYPE_CHECKING:
     from vmsandbox.egress.diff import Wider
     from vmsandbox.egress.values import EgressPolicy, HostRule
-    from vmsandbox.policy.effective import Effective
-    from vmsandbox.policy.strictyaml import KeyPath
+    from vmsandbox.policy.format.strictyaml import KeyPath
+    from vmsandbox.policy.merging.effective import Effective
 
 _WIDEST = 60  # where the comments begin at the latest
 
@@ -53,8 +53,8 @@ def _inline(value: object) -> str:
 
 def wider_lines(effective: Effective) -> Iterator[str]:
     """The files whose own rules about requests and commands have to allow, too."""
-    from vmsandbox.policy.merge import says_commands
-    from vmsandbox.policy.merge_network import says_hosts
+    from vmsandbox.policy.merging.merge import says_commands
+    from vmsandbox.policy.merging.merge_network import says_hosts
 
     for what, says, inner in (
         ("request", says_hosts, effective.policy.network.within),

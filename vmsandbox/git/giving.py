@@ -28,9 +28,9 @@ from vmsandbox.git.objects import (
     encode_tree,
     object_id,
 )
-from vmsandbox.policy.denied import DeniedPaths
-from vmsandbox.policy.gitrun import HostGit
-from vmsandbox.policy.secrets import built_in
+from vmsandbox.policy.tree.denied import DeniedPaths
+from vmsandbox.policy.tree.gitrun import HostGit
+from vmsandbox.policy.tree.secrets import built_in
 from vmsandbox.review.manifest import Item, Manifest
 from vmsandbox.review.text import shown
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vmsandbox.errors import HostError
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.gitrun import HostGit
 
 PREFIX = "refs/vmsandbox"
 

@@ -22,7 +22,7 @@ from vmsandbox.errors import GuestError, HostError
 from vmsandbox.git.names import is_gitmodules, is_read_by_git, name_problem
 from vmsandbox.git.objects import DIGEST_SIZES, EXECUTABLE, FILE, GITLINK, LINK, TREE, parse_tree
 from vmsandbox.git.touching import Denied, Touched, batch, touching
-from vmsandbox.policy.gitrun import GitLimits, HostGit
+from vmsandbox.policy.tree.gitrun import GitLimits, HostGit
 from vmsandbox.process import Finished, Programs
 from vmsandbox.review.text import shown_bytes
 

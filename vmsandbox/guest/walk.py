@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 
 from vmsandbox.errors import UserInputError
 from vmsandbox.guest.walk_errors import changed, mib, os_errors, too_large, unreadable
-from vmsandbox.policy.denied import DeniedPaths
-from vmsandbox.policy.gitignore import IgnoreFile, is_ignored, read_ignore_file, rules_above
-from vmsandbox.policy.gitrepo import find_repository, tracked_files
-from vmsandbox.policy.links import stays_inside
-from vmsandbox.policy.secrets import built_in
+from vmsandbox.policy.tree.denied import DeniedPaths
+from vmsandbox.policy.tree.gitignore import IgnoreFile, is_ignored, read_ignore_file, rules_above
+from vmsandbox.policy.tree.gitrepo import find_repository, tracked_files
+from vmsandbox.policy.tree.links import stays_inside
+from vmsandbox.policy.tree.secrets import built_in
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.review.text import shown

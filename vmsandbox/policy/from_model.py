@@ -26,10 +26,10 @@ from vmsandbox.policy.values import (
 )
 
 if TYPE_CHECKING:
-    from vmsandbox.policy.model import Sandbox
-    from vmsandbox.policy.model_guest import Commands, Filesystem
-    from vmsandbox.policy.model_network import Network, Rule, Secret
-    from vmsandbox.policy.model_session import Return, Session
+    from vmsandbox.policy.format.model import Sandbox
+    from vmsandbox.policy.format.model_guest import Commands, Filesystem
+    from vmsandbox.policy.format.model_network import Network, Rule, Secret
+    from vmsandbox.policy.format.model_session import Return, Session
 
 
 def policy_of(sandbox: Sandbox, source: Path, profiles: tuple[SeccompProfile, ...]) -> Policy:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmsandbox.policy.strictyaml import KeyPath
+from vmsandbox.policy.format.strictyaml import KeyPath
 from vmsandbox.policy.values import Policy
 
 
@@ -65,7 +65,7 @@ def said_keys(lines: Iterable[KeyPath]) -> frozenset[str]:
 
 def layer_of(policy: Policy) -> Layer:
     """A policy that was made without a file, as one that says what differs from the default."""
-    from vmsandbox.policy.rendering import plain_policy
+    from vmsandbox.policy.format.rendering import plain_policy
 
     return Layer(policy, frozenset(_keys_of(plain_policy(policy), "")))
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vmsandbox.policy.fetchers import bundles_for
-from vmsandbox.policy.globs import is_glob
+from vmsandbox.policy.format.rendering import plain_policy
 from vmsandbox.policy.layer import Layer
 from vmsandbox.policy.looser import covers_command
-from vmsandbox.policy.merge_network import says_hosts
+from vmsandbox.policy.merging.merge_network import says_hosts
+from vmsandbox.policy.merging.provenance import dotted
 from vmsandbox.policy.places import inside
-from vmsandbox.policy.provenance import dotted
-from vmsandbox.policy.rendering import plain_policy
+from vmsandbox.policy.tree.globs import is_glob
 from vmsandbox.policy.values import NO_NETWORK, CommandsPolicy, FilesystemPolicy, KernelPolicy, Policy
 
 # Which make a worker as good as the guest's root.

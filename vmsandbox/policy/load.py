@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import UserInputError
+from vmsandbox.policy.format.strictyaml import MAX_BYTES, StrictYaml
 from vmsandbox.policy.layer import Layer, SignedBy, said_keys
 from vmsandbox.policy.packaged import packaged_policy
-from vmsandbox.policy.strictyaml import MAX_BYTES, StrictYaml
 from vmsandbox.policy.values import Policy, SeccompProfile
 
 if TYPE_CHECKING:
-    from vmsandbox.policy.model import Sandbox
+    from vmsandbox.policy.format.model import Sandbox
 
 NAMES = (".claude/sandbox.yaml", ".vmsandbox.yaml")
 _EXAMPLE = "sandbox: {filesystem: {denied_paths: [./secrets/]}}"
@@ -64,8 +64,8 @@ def load_layer(path: Path, *, organisation: bool = False) -> Layer:
     """
     path = packaged_policy(path)
     content = read_bounded(path, "the policy")
+    from vmsandbox.policy.format.model import PolicyFile
     from vmsandbox.policy.from_model import policy_of
-    from vmsandbox.policy.model import PolicyFile
 
     reader = StrictYaml(f"the policy {path}", _EXAMPLE)
     sandbox = reader.read(content, PolicyFile).sandbox
@@ -116,7 +116,7 @@ def read_bounded(path: Path, what: str, most: int = MAX_BYTES) -> bytes:
 
 def _profile(policy: Path, reader: StrictYaml, number: int, name: str) -> tuple[SeccompProfile, bytes]:
     """One seccomp profile that the policy names, read and checked."""
-    from vmsandbox.policy.oci_seccomp import check_profile
+    from vmsandbox.policy.seccomp.oci import check_profile
 
     key = ("sandbox", "kernel", "seccomp")
     where = (*key, number) if (*key, number) in reader.lines else key

@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
-from vmsandbox.policy.globs import is_glob
+from vmsandbox.policy.format.rendering import plain_duration, plain_size
 from vmsandbox.policy.places import USUALLY_WRITABLE, covers, inside, inside_any, mount_over
-from vmsandbox.policy.rendering import plain_duration, plain_size
+from vmsandbox.policy.tree.globs import is_glob
 from vmsandbox.policy.values import (
     CommandsPolicy,
     FilesystemPolicy,

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 
 from vmsandbox.policy.lint import Finding
-from vmsandbox.policy.oci_seccomp import profile_notes
-from vmsandbox.policy.seccomp_reader import ProfileReader
-from vmsandbox.policy.seccomp_values import Filter, answers, permits, rank
+from vmsandbox.policy.seccomp.oci import profile_notes
+from vmsandbox.policy.seccomp.reader import ProfileReader
+from vmsandbox.policy.seccomp.values import Filter, answers, permits, rank
 from vmsandbox.policy.values import KernelPolicy
 
 DATA = Path(__file__).with_name("syscalls_needed.json")

@@ -174,7 +174,7 @@ def _temporary(paths: GuestPaths) -> str:
 def _filters(policy: Policy) -> list[bytes]:
     if not policy.kernel.seccomp:
         return []
-    from vmsandbox.policy.oci_seccomp import compile_profile
+    from vmsandbox.policy.seccomp.oci import compile_profile
 
     # The first file is the innermost: it is loaded last.
     names = policy.kernel.capabilities

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.globs import is_glob
+from vmsandbox.policy.tree.globs import is_glob
 from vmsandbox.policy.values import FilesystemPolicy
 from vmsandbox.spec import PROJECTS, WORKER_HOME
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
-from vmsandbox.policy import secrets
+from vmsandbox.policy.tree import secrets
 from vmsandbox.review.manifest import Item
 from vmsandbox.review.risky import is_git_folder
 from vmsandbox.review.text import shown

@@ -8,7 +8,7 @@ host's own, as they were before the session: a guest that may change the rules i
 
 from __future__ import annotations
 
-from vmsandbox.policy.strictyaml import StrictYaml
+from vmsandbox.policy.format.strictyaml import StrictYaml
 from vmsandbox.review.linear import LinePattern
 from vmsandbox.review.rules import CommandRule, PatternRule, RiskyPath
 

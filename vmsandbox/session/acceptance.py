@@ -20,7 +20,7 @@ from vmsandbox.journal import events
 from vmsandbox.ledger.book import Kind, LedgerError
 from vmsandbox.monitor import Monitor
 from vmsandbox.paths import Layout
-from vmsandbox.policy.return_rules import exceeds
+from vmsandbox.policy.merging.return_rules import exceeds
 from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.review.classify import review as review_trees

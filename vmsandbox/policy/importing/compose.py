@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmsandbox.errors import UserInputError
+from vmsandbox.policy.format.strictyaml import StrictYaml
 from vmsandbox.policy.importing.draft import Draft
 from vmsandbox.policy.importing.mounts import settle_mounts
 from vmsandbox.policy.importing.shapes import NotUnderstoodError
 from vmsandbox.policy.importing.table import FILE, NETWORK, SERVICE, Key
 from vmsandbox.policy.importing.texts import depends, shown
-from vmsandbox.policy.strictyaml import StrictYaml
 
 _EXAMPLE = "services: {app: {read_only: true}}"
 # Their texts may have variables: each of them is looked at by itself.

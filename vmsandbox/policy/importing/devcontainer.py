@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vmsandbox.policy.checkedjson import CheckedJson
+from vmsandbox.policy.format.checkedjson import CheckedJson
 from vmsandbox.policy.importing import takers, takers_session
 from vmsandbox.policy.importing.compose import settle, take_key
 from vmsandbox.policy.importing.draft import Draft

@@ -127,7 +127,7 @@ class Draft:
         """
         from pydantic import ValidationError
 
-        from vmsandbox.policy.model import PolicyFile
+        from vmsandbox.policy.format.model import PolicyFile
 
         if self.problems:
             raise UserInputError(

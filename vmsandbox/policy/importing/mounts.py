@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import posixpath
 
+from vmsandbox.policy.format.rendering import plain_size
+from vmsandbox.policy.format.words import tmpfs_path
 from vmsandbox.policy.importing.draft import Draft, Mount
 from vmsandbox.policy.importing.texts import options, shown, size
-from vmsandbox.policy.rendering import plain_size
-from vmsandbox.policy.words import tmpfs_path
 from vmsandbox.spec import WORKER_HOME
 
 TMPFS_SIZE = 256 << 20  # where a file says none: docker would take half of the host's memory

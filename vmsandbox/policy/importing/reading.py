@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmsandbox.policy.format.rendering import to_yaml
 from vmsandbox.policy.importing.draft import Draft, Left, Mapped
 from vmsandbox.policy.importing.texts import shown
 from vmsandbox.policy.load import read_bounded
-from vmsandbox.policy.rendering import to_yaml
 
 
 @dataclass(frozen=True)

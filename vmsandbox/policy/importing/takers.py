@@ -13,12 +13,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from vmsandbox.policy.format.rendering import plain_size
+from vmsandbox.policy.format.words import capability
 from vmsandbox.policy.importing.draft import Draft
 from vmsandbox.policy.importing.mounts import take_mount, take_tmpfs, take_volume
 from vmsandbox.policy.importing.shapes import NotUnderstoodError, a_flag, a_list, a_mapping, a_number, a_size, a_text
 from vmsandbox.policy.importing.texts import depends, options, shown, size
-from vmsandbox.policy.rendering import plain_size
-from vmsandbox.policy.words import capability
 
 Taker = Callable[[Draft, str, Any], None]
 

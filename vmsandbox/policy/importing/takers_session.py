@@ -9,11 +9,11 @@ import shlex
 from typing import Any
 
 from vmsandbox.policy.fetchers import bundles_for
+from vmsandbox.policy.format.rendering import plain_duration
+from vmsandbox.policy.format.words import variable
 from vmsandbox.policy.importing.draft import Draft
 from vmsandbox.policy.importing.shapes import NotUnderstoodError, a_list, a_mapping, a_number, a_text
 from vmsandbox.policy.importing.texts import depends, seconds, secret, shown
-from vmsandbox.policy.rendering import plain_duration
-from vmsandbox.policy.words import variable
 
 
 def healthcheck(draft: Draft, at: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vmsandbox.errors import RefusedError
 from vmsandbox.monitor import Monitor
-from vmsandbox.policy.effective import Effective, effective_policy
+from vmsandbox.policy.merging.effective import Effective, effective_policy
 from vmsandbox.policy.values import Policy
 from vmsandbox.spec import NetworkMode
 
@@ -52,7 +52,7 @@ def effective_for(project: Path | None, named: Policy | Path | None) -> Effectiv
 
 def _refuse_reach(policy: Policy, has_network: bool) -> None:
     """A policy that was found in the project gets nothing of this host; one that a person named does."""
-    from vmsandbox.policy.consent import reaches_into_host
+    from vmsandbox.policy.merging.consent import reaches_into_host
     from vmsandbox.review.text import shown
 
     if wanted := reaches_into_host(policy, network=has_network):

@@ -9,7 +9,7 @@ from vmsandbox.errors import RefusedError, UserInputError
 from vmsandbox.hypervisor.kvm import KvmProof
 from vmsandbox.hypervisor.launch import Machine
 from vmsandbox.hypervisor.template import ImageFiles, Template
-from vmsandbox.policy.return_rules import exceeds
+from vmsandbox.policy.merging.return_rules import exceeds
 from vmsandbox.policy.values import Policy
 from vmsandbox.session.asked.sizes import Sizes, needs_watcher, sizes_of
 from vmsandbox.spec import NO_LIMITS, Accept, GuestLimits, GuestShape, History, NetworkMode

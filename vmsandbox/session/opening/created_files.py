@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from vmsandbox.guest.walk import Walk
-from vmsandbox.policy.globs import translate
+from vmsandbox.policy.tree.globs import translate
 from vmsandbox.policy.values import SessionPolicy
 
 # By their names, in any folder.

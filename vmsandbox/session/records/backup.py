@@ -26,8 +26,8 @@ from vmsandbox.errors import HostError, UserInputError
 from vmsandbox.guest.pack import pack
 from vmsandbox.guest.walk import Limits, Walk
 from vmsandbox.paths import Layout
-from vmsandbox.policy.gitrepo import Repository, find_repository
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.gitrepo import Repository, find_repository
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.process import Programs
 from vmsandbox.removal import put_aside
 from vmsandbox.session.records.uncommitted import Base, uncommitted

@@ -33,7 +33,7 @@ from vmsandbox.journal import events
 from vmsandbox.journal.chain import Journal, verified_records
 from vmsandbox.ledger.book import Ledger
 from vmsandbox.paths import LEDGER, Layout
-from vmsandbox.policy.return_rules import narrowed
+from vmsandbox.policy.merging.return_rules import narrowed
 from vmsandbox.policy.values import ReturnPolicy
 from vmsandbox.receive.store import Quarantine
 from vmsandbox.removal import put_aside

@@ -21,7 +21,7 @@ from vmsandbox.errors import GuestError, HostError, UserInputError
 from vmsandbox.git.names import is_git_folder
 from vmsandbox.git.objects import EXECUTABLE, GITLINK, LINK, object_id
 from vmsandbox.git.quarantine import make_bare
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.process import Programs
 from vmsandbox.review.manifest import Item, Manifest, checked_path, parse_untrusted_manifest
 from vmsandbox.review.text import shown

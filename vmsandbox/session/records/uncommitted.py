@@ -17,9 +17,9 @@ from pathlib import Path
 from vmsandbox.errors import UserInputError
 from vmsandbox.git.objects import GITLINK, LINK
 from vmsandbox.guest.walk import OPEN_FOLDER, Entry
-from vmsandbox.policy.gitignore import IgnoreFile, is_ignored, read_ignore_file, rules_above
-from vmsandbox.policy.gitrepo import Repository, tracked_files
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.gitignore import IgnoreFile, is_ignored, read_ignore_file, rules_above
+from vmsandbox.policy.tree.gitrepo import Repository, tracked_files
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.process import Programs
 from vmsandbox.review.text import shown
 

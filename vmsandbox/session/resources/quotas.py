@@ -79,7 +79,7 @@ def limit_of(layout: Layout, usage: Usage, environ: Mapping[str, str] | None = N
     """Bytes that all sessions together may have. Raises UserInputError for a limit that is no size."""
     text = (os.environ if environ is None else environ).get(VARIABLE)
     if text:
-        from vmsandbox.policy.words import size
+        from vmsandbox.policy.format.words import size
 
         try:
             return size(text)

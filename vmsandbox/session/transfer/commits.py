@@ -20,8 +20,8 @@ from vmsandbox.git.names import is_plain_branch
 from vmsandbox.git.quarantine import Given, PackLimits, Submodule, quarantine
 from vmsandbox.git.touching import TOO_MUCH, Denied, Touched
 from vmsandbox.guest.streams import wait_readable
-from vmsandbox.policy.gitrepo import find_repository
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.gitrepo import find_repository
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.process import Programs
 from vmsandbox.review.returning import DeniedReturns
 from vmsandbox.review.text import shown, shown_bytes

@@ -19,9 +19,9 @@ from vmsandbox.errors import HostError, RefusedError, UserInputError
 from vmsandbox.failpoints import failpoint
 from vmsandbox.git.giving import SNAPSHOT_BYTES, GuestRepository, Snapshot, history, snapshot
 from vmsandbox.guest.pack import Files, pack_files
-from vmsandbox.policy.denied import DeniedPaths
-from vmsandbox.policy.gitrepo import Repository, find_repository
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.denied import DeniedPaths
+from vmsandbox.policy.tree.gitrepo import Repository, find_repository
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.review.manifest import Manifest, parse_untrusted_manifest

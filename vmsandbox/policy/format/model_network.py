@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from vmsandbox.policy import network_words as words
-from vmsandbox.policy.model_base import MAX_ENTRIES, Strict, Text, blank_is_default, blank_is_empty, described
+from vmsandbox.policy.format import network_words as words
+from vmsandbox.policy.format.model_base import MAX_ENTRIES, Strict, Text, blank_is_default, blank_is_empty, described
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Entry = Annotated[Text, AfterValidator(words.entry)]

@@ -1,4 +1,4 @@
-"""A seccomp profile as values, between the JSON of it (`oci_seccomp.py`) and the filter (`seccomp_native.py`).
+"""A seccomp profile as values, between the JSON of it (`oci.py`) and the filter (`native.py`).
 
 Without them the reader of users' files and the part that talks to libseccomp would know each other's dictionaries.
 Names: the OCI runtime specification, config-linux.md, "Seccomp"; seccomp(2) for what each action does.

@@ -9,7 +9,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from vmsandbox.policy.globs import translate
+from vmsandbox.policy.tree.globs import translate
 
 _LIST = Path(__file__).with_name("secret_names.txt")
 

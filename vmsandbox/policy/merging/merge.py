@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from vmsandbox.errors import RefusedError
 from vmsandbox.policy.layer import Layer
-from vmsandbox.policy.merge_network import merge_network
+from vmsandbox.policy.merging.merge_network import merge_network
+from vmsandbox.policy.merging.return_rules import narrowed
 from vmsandbox.policy.places import common, inside, inside_any, mount_over
-from vmsandbox.policy.return_rules import narrowed
 from vmsandbox.policy.values import (
     CommandsPolicy,
     FilesystemPolicy,

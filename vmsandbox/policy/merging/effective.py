@@ -57,7 +57,7 @@ def effective_policy(
     if not widest and not others:
         return Effective(given or Policy())  # nothing to import for
     from vmsandbox.policy.load import load_layer
-    from vmsandbox.policy.merge import merge
+    from vmsandbox.policy.merging.merge import merge
 
     layers = []
     if widest:
@@ -65,7 +65,7 @@ def effective_policy(
         layers.append(load_layer(organisation, organisation=True))
     layers += [load_layer(one) for one in others]
     if widest and (demanded := layers[0].signed) is not None:
-        from vmsandbox.policy.signing import check_signatures
+        from vmsandbox.policy.merging.signing import check_signatures
 
         _refuse_anybodys(demanded.allowed_signers)
         for layer in layers[1:]:

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from vmsandbox.policy import words
-from vmsandbox.policy.model_base import Strict, Text, blank_is_default, described
-from vmsandbox.policy.model_guest import Commands, Filesystem, Kernel, Resources
-from vmsandbox.policy.model_network import Network
-from vmsandbox.policy.model_session import Push, Return, Session, Signed
+from vmsandbox.policy.format import words
+from vmsandbox.policy.format.model_base import Strict, Text, blank_is_default, described
+from vmsandbox.policy.format.model_guest import Commands, Filesystem, Kernel, Resources
+from vmsandbox.policy.format.model_network import Network
+from vmsandbox.policy.format.model_session import Push, Return, Session, Signed
 
 ImageName = Annotated[Text, AfterValidator(words.image)]
 

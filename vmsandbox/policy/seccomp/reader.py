@@ -1,6 +1,6 @@
 """From the JSON of a seccomp profile to the rules that hold in a guest.
 
-Without it `oci_seccomp.py` would be one file too long to be read. What each key means is said there.
+Without it `oci.py` would be one file too long to be read. What each key means is said there.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from vmsandbox.policy.checkedjson import CheckedJson, shown
-from vmsandbox.policy.seccomp_native import syscall_names, syscall_number
-from vmsandbox.policy.seccomp_values import (
+from vmsandbox.policy.format.checkedjson import CheckedJson, shown
+from vmsandbox.policy.format.words import capability
+from vmsandbox.policy.seccomp.native import syscall_names, syscall_number
+from vmsandbox.policy.seccomp.values import (
     ACTIONS,
     ARCHITECTURES,
     NATIVE,
@@ -25,7 +26,6 @@ from vmsandbox.policy.seccomp_values import (
     kernel_return,
     permits,
 )
-from vmsandbox.policy.words import capability
 
 GUEST_KERNEL = (6, 1)  # the oldest of an image in images/; for includes.minKernel
 _MAX_ERRNO = 4095

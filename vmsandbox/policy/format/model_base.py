@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
-from vmsandbox.policy import words
+from vmsandbox.policy.format import words
 
 
 def blank_is_empty(value: object) -> object:

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmsandbox.errors import HostError, UserInputError
-from vmsandbox.policy.seccomp_proof import JUMP, JUMP_IF_AT_LEAST, JUMP_IF_EQUAL, LOAD, RETURN, contradiction, prove
-from vmsandbox.policy.seccomp_values import ARCHITECTURES, NATIVE, OPERATORS, Condition, Filter, Rule, rank
+from vmsandbox.policy.seccomp.proof import JUMP, JUMP_IF_AT_LEAST, JUMP_IF_EQUAL, LOAD, RETURN, contradiction, prove
+from vmsandbox.policy.seccomp.values import ARCHITECTURES, NATIVE, OPERATORS, Condition, Filter, Rule, rank
 
 LIBRARY = "libseccomp.so.2"
 MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS, linux/bpf_common.h

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from vmsandbox.policy import words
-from vmsandbox.policy.model_base import (
+from vmsandbox.policy.format import words
+from vmsandbox.policy.format.model_base import (
     MAX_ENTRIES,
     Command,
     Duration,

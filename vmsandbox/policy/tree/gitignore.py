@@ -25,7 +25,7 @@ from vmsandbox.errors import UserInputError
 if TYPE_CHECKING:
     from pathspec.pattern import RegexPattern
 
-    from vmsandbox.policy.gitrepo import Repository
+    from vmsandbox.policy.tree.gitrepo import Repository
 
 MAX_BYTES = 4 << 20
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

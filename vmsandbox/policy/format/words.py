@@ -14,7 +14,7 @@ import shlex
 from fractions import Fraction
 
 from vmsandbox.paths import IMAGE_NAME
-from vmsandbox.policy.globs import is_glob
+from vmsandbox.policy.tree.globs import is_glob
 from vmsandbox.spec import PROJECTS, WORKER_HOME
 
 # capabilities(7), without CAP_ and in lower case.

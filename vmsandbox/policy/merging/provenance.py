@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmsandbox.policy.format.rendering import plain_policy
+from vmsandbox.policy.format.strictyaml import KeyPath
 from vmsandbox.policy.layer import Layer
-from vmsandbox.policy.rendering import plain_policy
-from vmsandbox.policy.strictyaml import KeyPath
 from vmsandbox.policy.values import Policy
 
 DEFAULT = "default"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmsandbox.errors import HostError
-from vmsandbox.policy.gitrun import HostGit
+from vmsandbox.policy.tree.gitrun import HostGit
 from vmsandbox.process import Finished, Programs
 
 _MAX_SHALLOW = 4 << 20

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vmsandbox.errors import RefusedError, UserInputError
-from vmsandbox.policy.globs import is_glob, translate
+from vmsandbox.policy.tree.globs import is_glob, translate
 
 
 class DeniedPaths:

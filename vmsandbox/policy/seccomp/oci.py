@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from vmsandbox.policy.seccomp_native import compile_filter
-from vmsandbox.policy.seccomp_reader import ProfileReader
-from vmsandbox.policy.seccomp_values import Filter
+from vmsandbox.policy.seccomp.native import compile_filter
+from vmsandbox.policy.seccomp.reader import ProfileReader
+from vmsandbox.policy.seccomp.values import Filter
 
 
 def check_profile(text: str, where: str) -> None:

@@ -18,7 +18,7 @@ _HOSTS = ("network.mode", "network.allowed_hosts", "network.denied_hosts", "netw
 
 
 def merge_network(outer: Layer, inner: Layer) -> NetworkPolicy:
-    """Both hold: see `vmsandbox.policy.merge`."""
+    """Both hold: see `vmsandbox.policy.merging.merge`."""
     ours, theirs = outer.policy.network, inner.policy.network
     first, *rest = _chain(outer, inner)
     return NetworkPolicy(

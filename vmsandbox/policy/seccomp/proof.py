@@ -1,6 +1,6 @@
 """Runs a seccomp program over the edges of its conditions, and compares with what the profile says.
 
-Without it libseccomp would be trusted where it promises nothing: see `seccomp_native.py`.
+Without it libseccomp would be trusted where it promises nothing: see `native.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from vmsandbox.errors import UserInputError
-from vmsandbox.policy.seccomp_values import ARCHITECTURES, NATIVE, Condition, Rule, rank
+from vmsandbox.policy.seccomp.values import ARCHITECTURES, NATIVE, Condition, Rule, rank
 
 # The classic BPF instructions that are used (linux/filter.h, linux/bpf_common.h), all on 32-bit words.
 LOAD, AND, JUMP, RETURN, JUMP_IF_EQUAL, JUMP_IF_MORE, JUMP_IF_AT_LEAST = 0x20, 0x54, 0x05, 0x06, 0x15, 0x25, 0x35

@@ -1,0 +1,1 @@
+"""The format of a policy file: its shape, its words, where it is wrong, and how it is written."""

@@ -1,0 +1,1 @@
+"""A seccomp profile: read, proven, and made the kernel's program."""
