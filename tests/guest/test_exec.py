@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -12,6 +13,10 @@ from pathlib import Path
 
 import pytest
 from harness import Cli, Guest, ended, wait_for
+
+from vmsandbox.guest.control import connect_ssh
+from vmsandbox.guest.ssh import GuestShell
+from vmsandbox.spec import WORKER
 
 
 def test_stdout_and_stderr_stay_apart(guest: Guest) -> None:
@@ -87,6 +92,11 @@ def test_a_flood_is_throttled_and_costs_no_memory(guest: Guest) -> None:
         process.communicate()
 
 
+def cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_all_ports_in_use_is_a_clear_error(fork: Callable[..., Guest]) -> None:
     guest = fork("--empty", "--ssh-ports", "6")
     holding = [guest.cli.start("exec", guest.name, "--", "sleep", "120") for _ in range(6)]
@@ -100,6 +110,22 @@ def test_all_ports_in_use_is_a_clear_error(fork: Callable[..., Guest]) -> None:
             process.communicate()
     # A client that was killed gives its port back.
     assert guest.exec("echo", "again").stdout == b"again\n"
+
+
+def test_a_slow_guest_is_left_in_peace(guest: Guest) -> None:
+    """Its server is still busy with the login when the host has gone again: on a busy host `start` was just that."""
+    keys, port = guest.folder.keys(), 4
+    sock = connect_ssh(guest.folder.ssh_socket(port), 60)
+    shell = GuestShell.connect(sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=60)
+    os.kill(guest.qemu, signal.SIGSTOP)
+    slow = threading.Timer(0.5, os.kill, (guest.qemu, signal.SIGCONT))
+    slow.start()
+    shell.leave()
+    slow.join()
+    time.sleep(3)  # the server ends, another one begins
+    before = cpu_seconds(guest.qemu)
+    time.sleep(4)
+    assert cpu_seconds(guest.qemu) - before < 1, "its server tries for ever to say something to nobody"
 
 
 def test_several_at_once(guest: Guest) -> None:

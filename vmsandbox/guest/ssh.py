@@ -30,6 +30,7 @@ class GuestShell:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self._serves = False  # whether a channel was ever open
 
     @classmethod
     def connect(
@@ -78,9 +79,25 @@ class GuestShell:
             raise
         return cls(transport)
 
+    def leave(self) -> None:
+        """End the connection to a guest that goes on; its port is free again.
+
+        A server that has just let somebody in has something more to say, and goes on trying: on a port that nobody has
+        open any more, with all of a processor, until the next one comes. A server that has opened a channel is past it.
+        """
+        if not self._serves:
+            with suppress(*CONNECTION_ERRORS):
+                self._open_channel().close()
+        self.close()
+
     def close(self) -> None:
-        """End the connection; its port is free again."""
+        """End the connection at once."""
         self._transport.close()
+
+    def _open_channel(self) -> Any:
+        channel = self._transport.open_session(timeout=20)
+        self._serves = True
+        return channel
 
     @property
     def is_open(self) -> bool:
@@ -131,7 +148,7 @@ class GuestShell:
             GuestError: the connection is gone or the guest refused.
         """
         try:
-            channel = self._transport.open_session(timeout=20)
+            channel = self._open_channel()
             if plumbing:
                 channel.update_environment({PLUMBING: "1"})
             if terminal is not None:
@@ -151,7 +168,7 @@ class GuestShell:
             GuestError: the connection is gone or the guest refused.
         """
         try:
-            channel = self._transport.open_session(timeout=20)
+            channel = self._open_channel()
             channel.update_environment({PLUMBING: "check"})
             channel.exec_command(script)
         except CONNECTION_ERRORS as error:

@@ -90,7 +90,9 @@ class RunningSandbox:
 
     def close(self, reason: str = "ended") -> list[str]:
         """End the guest and remove everything of the session but its record; returns what could not be removed."""
-        self.disconnect()
+        if self._shell is not None:
+            self._shell.close()
+        self._port.close()
         if self.network_to_come is not None:
             self.network_to_come.close()
         ended = end_session(self.layout, self.folder, self.info, reason)
@@ -100,7 +102,7 @@ class RunningSandbox:
     def disconnect(self) -> None:
         """Give the SSH port back; the guest goes on."""
         if self._shell is not None:
-            self._shell.close()
+            self._shell.leave()
             self._shell = None
         self._port.close()
 

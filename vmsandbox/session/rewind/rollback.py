@@ -145,7 +145,7 @@ def _log_in(folder: SessionFolder, info: SessionInfo) -> None:
     sock = connect_ssh(folder.sockets(info) / f"ssh.{info.ssh_ports - 1}", _LOGIN_SECONDS)
     GuestShell.connect(
         sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=_LOGIN_SECONDS
-    ).close()
+    ).leave()
 
 
 def recover(folder: SessionFolder, done: Callable[[], events.Event] | None = None) -> str | None:
