@@ -54,8 +54,8 @@ class Home:
                 if path.suffix not in (".lock", ".memory") and path.name != ".lock":
                     found.add(f"{word}: {path.relative_to(self.cli.home)}")
         # A record stays; what a killed process left halfway in it does not.
-        for pattern in (".backup", "history-*", "commits-*", "quarantine.*"):
-            found |= {f"files: {path.relative_to(self.cli.home)}" for path in self.layout.records.glob(f"*/{pattern}")}
+        for pattern in (".gone-*", "*/.gone-*", "*/.backup", "*/history-*", "*/commits-*", "*/quarantine.*"):
+            found |= {f"files: {path.relative_to(self.cli.home)}" for path in self.layout.records.glob(pattern)}
         for record in self.layout.records.iterdir():
             name = CardPlan(record.name, self.layout.live, "", "").name
             for interface in (bridge_of(name), tap_of(name)):

@@ -114,18 +114,22 @@ def test_all_ports_in_use_is_a_clear_error(fork: Callable[..., Guest]) -> None:
 
 def test_a_slow_guest_is_left_in_peace(guest: Guest) -> None:
     """Its server is still busy with the login when the host has gone again: on a busy host `start` was just that."""
-    keys, port = guest.folder.keys(), 4
-    sock = connect_ssh(guest.folder.ssh_socket(port), 60)
-    shell = GuestShell.connect(sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=60)
-    os.kill(guest.qemu, signal.SIGSTOP)
-    slow = threading.Timer(0.5, os.kill, (guest.qemu, signal.SIGCONT))
-    slow.start()
-    shell.leave()
-    slow.join()
-    time.sleep(3)  # the server ends, another one begins
-    before = cpu_seconds(guest.qemu)
-    time.sleep(4)
-    assert cpu_seconds(guest.qemu) - before < 1, "its server tries for ever to say something to nobody"
+    keys = guest.folder.keys()
+    with guest.folder.ssh_port(6) as port:
+        sock = connect_ssh(guest.folder.ssh_socket(port), 60)
+        shell = GuestShell.connect(sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=60)
+        os.kill(guest.qemu, signal.SIGSTOP)
+        slow = threading.Timer(0.5, os.kill, (guest.qemu, signal.SIGCONT))
+        slow.start()
+        shell.leave()
+        slow.join()
+
+        def is_quiet() -> bool:
+            before = cpu_seconds(guest.qemu)
+            time.sleep(2)
+            return cpu_seconds(guest.qemu) - before < 0.5
+
+        wait_for(is_quiet, 30)  # else its server tries for ever to say something to nobody
 
 
 def test_several_at_once(guest: Guest) -> None:

@@ -214,6 +214,17 @@ def test_a_start_that_is_interrupted_while_its_start_is_kept_leaves_no_guest(
     assert not folder.path.exists()
 
 
+@pytest.mark.parametrize("place", ["snapshot.memory", "snapshot.published"])
+def test_a_start_that_cannot_be_kept_is_no_reason_to_have_no_guest(cli: Cli, place: str) -> None:
+    full = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"{place}=enospc"})
+    done = full("start", "--empty", "--name", "kept")
+    try:
+        assert b"its start was not kept" in done.stderr and done.stdout == b"kept\n"
+        assert cli.guest("kept").exec("echo", "here").stdout == b"here\n"
+    finally:
+        cli("stop", "kept")
+
+
 def test_the_name_of_a_guest_whose_record_cannot_be_read_is_in_use(fork: Callable[..., Guest]) -> None:
     guest = fork()
     record = guest.folder.path / "session.json"

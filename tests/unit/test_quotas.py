@@ -12,6 +12,7 @@ from test_session_folder import info_of
 
 from vmsandbox.errors import HostError, UserInputError
 from vmsandbox.paths import Layout
+from vmsandbox.session.records.unfinished import parts_in_records
 from vmsandbox.session.resources.quotas import (
     VARIABLE,
     Usage,
@@ -67,6 +68,19 @@ def test_what_is_where_is_told_apart_and_counted_once(layout: Layout) -> None:
         2,
     ]
     assert "snapshots 0.0 GiB" in usage.text()
+
+
+def test_what_was_being_removed_is_counted_and_goes_also_of_a_live_session(layout: Layout) -> None:
+    live = info_of("one")
+    SessionFolder(layout, "one").claim(live)
+    folder = record(layout, live.id, backup=2)
+    (folder / "backup").rename(folder / ".gone-backup.0a")
+    (folder / ".backup").mkdir()  # its own session makes it at this moment
+    record(layout, ".gone-old.0b", OLD)
+    assert usage_of(layout).backups >= 2 * MIB
+    assert list(remove_old_records(layout, 1)) == [], "it is being removed already"
+    assert [part.what for part in parts_in_records(layout)] == [".gone-old.0b", f"{live.id}/.gone-backup.0a"]
+    assert sorted(path.name for path in folder.iterdir()) == [".backup", "events.jsonl"]
 
 
 def test_the_limit_is_the_variables_else_a_share_of_the_disk(layout: Layout) -> None:

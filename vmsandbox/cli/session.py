@@ -139,7 +139,7 @@ def _standing(request: SessionRequest, policy: Path | None, alone: ExitStack) ->
     from vmsandbox.session.sandbox import Sandbox
 
     sandbox = Sandbox.open(request.project, request=request, monitor=monitor)
-    alone.enter_context(alone_in(sandbox.folder))
+    alone.enter_context(alone_in(sandbox.folder, patience=5))
     return sandbox
 
 

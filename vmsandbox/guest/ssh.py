@@ -22,6 +22,7 @@ from vmsandbox.guest.words import remote_command
 # Seconds. Under emulation (QEMU 7.2, Linux 6.12) one command in a hundred meets a lost wake-up: the driver there holds
 # what we sent, and sshd sleeps on it until something else arrives at the port. Then this does.
 KEEPALIVE = 0.5
+_LEAVE_SECONDS = 5.0
 PLUMBING = "VMSANDBOX_PLUMBING"  # cloudinit/guest/sshd_config accepts it
 
 
@@ -30,7 +31,7 @@ class GuestShell:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._serves = False  # whether a channel was ever open
+        self._asked = False  # whether a channel was ever asked for
 
     @classmethod
     def connect(
@@ -85,19 +86,20 @@ class GuestShell:
         A server that has just let somebody in has something more to say, and goes on trying: on a port that nobody has
         open any more, with all of a processor, until the next one comes. A server that has opened a channel is past it.
         """
-        if not self._serves:
-            with suppress(*CONNECTION_ERRORS):
-                self._open_channel().close()
-        self.close()
+        try:
+            if not self._asked:
+                with suppress(Exception):  # whatever the guest answers
+                    self._open_channel(_LEAVE_SECONDS).close()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the connection at once."""
         self._transport.close()
 
-    def _open_channel(self) -> Any:
-        channel = self._transport.open_session(timeout=20)
-        self._serves = True
-        return channel
+    def _open_channel(self, seconds: float = 20) -> Any:
+        self._asked = True
+        return self._transport.open_session(timeout=seconds)
 
     @property
     def is_open(self) -> bool:

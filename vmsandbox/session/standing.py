@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -31,20 +32,27 @@ _USED = (events.CommandStarted.kind, events.ProjectPushed.kind)
 
 
 @contextmanager
-def alone_in(folder: SessionFolder) -> Iterator[None]:
+def alone_in(folder: SessionFolder, patience: float = 0) -> Iterator[None]:
     """One at a time uses a guest that stays: the next one's rollback would end this one's command.
+
+    patience: seconds; who started the guest waits for those who only see that it is not theirs yet.
 
     Raises:
         UserInputError: another one does.
     """
     with os.fdopen(os.open(folder.path / "standing.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserInputError(
-                f"another `session --rollback` uses {folder.name!r} at this moment",
-                resolution="try again when it has ended, or give another --name",
-            ) from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UserInputError(
+                        f"another `session --rollback` uses {folder.name!r} at this moment",
+                        resolution="try again when it has ended, or give another --name",
+                    ) from None
+            time.sleep(0.1)
         yield
 
 
@@ -65,6 +73,8 @@ def standing_guest(
         return None
     alone.enter_context(alone_in(folder))
     info = folder.info()
+    if not info.ready or info.owner_is_alive:
+        raise UserInputError(f"session {info.name!r} is still starting", resolution="try again when it is ready")
     if not folder.guest_is_alive(info):
         raise UserInputError(
             f"the guest of session {info.name!r} is gone", resolution=f"`vmsandbox stop {info.name}`, then again"

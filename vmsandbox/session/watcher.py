@@ -193,4 +193,4 @@ class _Watch:
                 sandbox.journal.append(events.SessionFailed(brief, getattr(error, "details", "")))
         finally:
             late.cancel()
-            sandbox.disconnect()
+            sandbox.hang_up()

@@ -8,14 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmsandbox.errors import GuestError, JournalError, VmsandboxError
 from vmsandbox.journal import events
-from vmsandbox.session.live.running import RunningSandbox
 from vmsandbox.session.state.activity import note_activity
 from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.session.state.info import SessionInfo
+
+if TYPE_CHECKING:  # every command imports this module
+    from vmsandbox.session.live.running import RunningSandbox
 
 EXIT_TIME = 124  # as timeout(1)
 EXIT_OUTPUT = 153  # as a shell tells of a program that wrote more than `ulimit -f`: 128 + SIGXFSZ

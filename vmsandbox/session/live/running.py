@@ -90,9 +90,7 @@ class RunningSandbox:
 
     def close(self, reason: str = "ended") -> list[str]:
         """End the guest and remove everything of the session but its record; returns what could not be removed."""
-        if self._shell is not None:
-            self._shell.close()
-        self._port.close()
+        self.hang_up()
         if self.network_to_come is not None:
             self.network_to_come.close()
         ended = end_session(self.layout, self.folder, self.info, reason)
@@ -101,10 +99,17 @@ class RunningSandbox:
 
     def disconnect(self) -> None:
         """Give the SSH port back; the guest goes on."""
-        if self._shell is not None:
-            self._shell.leave()
-            self._shell = None
-        self._port.close()
+        shell, self._shell = self._shell, None
+        with self._port:
+            if shell is not None:
+                shell.leave()
+
+    def hang_up(self) -> None:
+        """The same for a guest that is to end: nothing is waited for."""
+        shell, self._shell = self._shell, None
+        with self._port:
+            if shell is not None:
+                shell.close()
 
     def failed(self, error: BaseException) -> None:
         """Write down why it did not come up, and remove what there is of it."""

@@ -153,7 +153,7 @@ def _login(folder: SessionFolder, connection: ExitStack) -> Any:
     shell = GuestShell.connect(
         sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=LOGIN_DEADLINE
     )
-    connection.callback(shell.close)
+    connection.callback(shell.leave)
     return shell
 
 

@@ -122,14 +122,16 @@ def prune(layout: Layout, keep: int = KEEP, most_bytes: int = KEEP_BYTES) -> lis
     for record in _records(layout):
         with suppress(UserInputError, HostError):
             by_project.setdefault(read_backup(record).project, []).append(record / FOLDER)
-    removed = [folder for kept in by_project.values() for folder in kept[keep:]]
+    much = [folder for kept in by_project.values() for folder in kept[keep:]]
     left = sorted(folder for kept in by_project.values() for folder in kept[1:keep])
     newest = [kept[0] for kept in by_project.values()]
     while left and _size([*left, *newest]) > most_bytes:
-        removed.append(left.pop(0))
-    for folder in removed:
+        much.append(left.pop(0))
+    removed = []
+    for folder in much:
         with suppress(OSError):
             shutil.rmtree(put_aside(folder))
+            removed.append(folder)
     return removed
 
 

@@ -174,8 +174,9 @@ class Record:
     def drop_return(self) -> int:
         """Remove what came back: another push cannot judge it. Returns how many changes of it were not accepted."""
         waiting = 0
-        with suppress(VmsandboxError):
-            waiting = sum(compare(self.base_of_return(), self.quarantine().manifest).counts.values())
+        if (self.folder / _OF_RETURN).exists():
+            with suppress(VmsandboxError):
+                waiting = sum(compare(self.base_of_return(), self.quarantine().manifest).counts.values())
         (self.folder / "base.jsonl").unlink(missing_ok=True)
         with suppress(OSError):
             shutil.rmtree(put_aside(self.folder / "quarantine"))

@@ -20,7 +20,8 @@ from vmsandbox.review.text import shown
 from vmsandbox.session.records.record import Record
 from vmsandbox.session.state.folder import live_sessions
 
-_PARTS = (".backup", "history-*", "commits-*", "quarantine.*", f"{GONE}*")
+_PARTS = (".backup", "history-*", "commits-*", "quarantine.*")
+_REMOVED = f"{GONE}*"  # whoever is at it does not mind help
 
 
 class Part(NamedTuple):
@@ -42,20 +43,18 @@ def make_whole(project: Path, monitor: Monitor) -> None:
 
 
 def parts_in_records(layout: Layout) -> Iterator[Part]:
-    """Remove what killed processes left in records. Sessions that are alive are left alone."""
+    """Remove what killed processes left in records. Of sessions that are alive only what was being removed."""
     records = sorted(layout.records.glob("*"))  # first: a session that begins now has its folder before its record
     alive = set()
     for folder in live_sessions(layout):
         with suppress(VmsandboxError):
             alive.add(folder.info().id)
     for record in records:
-        if record.name in alive:
-            continue
         if record.name.startswith(GONE):
             shutil.rmtree(record, ignore_errors=True)
             yield Part(record.name, "its removal was interrupted")
             continue
-        for pattern in _PARTS:
+        for pattern in (_REMOVED,) if record.name in alive else (*_PARTS, _REMOVED):
             for part in sorted(record.glob(pattern)):
                 shutil.rmtree(part, ignore_errors=True)
                 yield Part(f"{record.name}/{part.name}", "what made it was interrupted")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vmsandbox.errors import HostError, UserInputError, VmsandboxError
 from vmsandbox.paths import Layout
-from vmsandbox.removal import put_aside
+from vmsandbox.removal import GONE, put_aside
 from vmsandbox.session.records.backup import FOLDER as BACKUP
 from vmsandbox.session.records.backup import prune
 from vmsandbox.session.resources.orphans import Removed
@@ -150,7 +150,7 @@ def remove_old_records(layout: Layout, days: float) -> Iterator[Removed]:
 
 def _ended_records(layout: Layout, days: float) -> Iterator[Path]:
     """Records whose journal has not been written to for so long, the oldest first; never a live session's."""
-    records = sorted(layout.records.glob("*/events.jsonl"))
+    records = sorted(layout.records.glob("[!.]*/events.jsonl"))
     alive = set()
     for folder in live_sessions(layout):
         try:
@@ -166,7 +166,7 @@ def _ended_records(layout: Layout, days: float) -> Iterator[Path]:
 def _kind(within: str, words: tuple[str, ...]) -> str:
     if within == "guests":
         return "snapshots" if len(words) > 1 and words[1] == "snapshots" else "guests"
-    part = words[1] if len(words) > 1 else ""
+    part = words[1].removeprefix(GONE) if len(words) > 1 else ""
     if part.lstrip(".").startswith(BACKUP):
         return "backups"
     return QUARANTINE if part.startswith(QUARANTINE) else "records"

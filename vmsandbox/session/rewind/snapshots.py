@@ -126,14 +126,19 @@ def take_snapshot(sandbox: RunningSandbox, tag: str) -> SnapshotRow:
 
 
 def keep_start(sandbox: RunningSandbox) -> None:
-    """Take the first one. Without room for it the guest is of use all the same, and says so when it is to roll back."""
+    """Take the first one. Where that fails the guest is of use all the same, and says so when it is to roll back.
+
+    Raises:
+        GuestError: the guest has ended meanwhile.
+    """
     sandbox.disconnect()  # else an sshd that serves nobody is in every guest that comes of it
     try:
         take_snapshot(sandbox, START)
-    except (HostError, GuestError) as error:
-        if not sandbox.folder.guest_is_alive(sandbox.folder.info()):
-            raise GuestError("the guest ended while its start was kept", details=error.brief) from error
-        sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error.brief}")
+    except (VmsandboxError, OSError) as error:
+        if not sandbox.folder.guest_is_alive(sandbox.info):
+            raise GuestError("the guest ended while its start was kept", details=str(error)) from error
+        # Also one that was frozen to be looked at meanwhile.
+        sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error}")
 
 
 def snapshot_of(folder: SessionFolder, info: SessionInfo, tag: str | None, *, thoroughly: bool = False) -> Snapshot:

@@ -111,7 +111,7 @@ class Health(threading.Thread):
             self._shell = GuestShell.connect(
                 sock, user=WORKER, host_key=keys.host_key, user_key=keys.user_key, deadline=_LOGIN_SECONDS
             )
-            self._connection.callback(self._shell.close)
+            self._connection.callback(self._shell.leave)
         return self._shell
 
     def _note(self, event: events.Event) -> None:
