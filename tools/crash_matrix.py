@@ -130,7 +130,7 @@ SCENARIOS = (
     Scenario("filtered-rollback", lambda _project, _: ["rollback", "cm-kept"], _kept_with_card, _stop, goes_on=True),
     Scenario("build", lambda _project, _: ["image", "build", "base"]),
 )
-DEFAULT_SCENARIOS = ("session", "stop", "snapshot", "rollback", "gc")
+DEFAULT_SCENARIOS = ("session", "start", "stop", "snapshot", "rollback", "gc")
 
 
 def new_project(folder: Path) -> Path:

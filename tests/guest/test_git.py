@@ -17,7 +17,7 @@ from vmsandbox.git.quarantine import PackLimits
 from vmsandbox.policy.values import Policy
 from vmsandbox.process import Programs
 from vmsandbox.session.sandbox import Sandbox
-from vmsandbox.session.transfer.commits import collect_commits
+from vmsandbox.session.transfer.commits import _receive, collect_commits
 from vmsandbox.session.transfer.history import give_history
 
 
@@ -152,6 +152,10 @@ def test_a_hostile_git_in_the_guest(fork: Callable[..., Guest], tmp_path: Path) 
             with pytest.raises(GuestError, match=why):
                 collect_commits(sandbox, root, Programs(), PackLimits(pack=4 << 20, seconds=seconds))
             assert state_of(root) == before, script
+        # One that has ended before it had read what it was asked: more than an SSH window holds.
+        hostile("printf 'all of it'")
+        _receive(sandbox, ["0" * 40] * 80_000, tmp_path / "unread", PackLimits(seconds=60))
+        assert (tmp_path / "unread").read_bytes() == b"all of it"
     finally:
         sandbox.disconnect()
     record = guest.folder.record_folder(guest.info.id)

@@ -281,6 +281,19 @@ def test_one_run_at_a_time_in_a_guest_that_stays(cli: Cli) -> None:
         cli("stop", "busy", status=None)
 
 
+def test_a_guest_that_stays_is_nobody_elses_before_it_is_ready(cli: Cli, tmp_path: Path) -> None:
+    words, flag = ("session", "--empty", "--rollback", "--name", "young", "--", "echo", "done"), tmp_path / "flag"
+    try:
+        waiting = Cli(cli.home, {"VMSANDBOX_FAILPOINT": f"snapshot.memory=tell:{flag}"})
+        first = waiting.start(*words)
+        wait_for(flag.exists, 60)
+        assert b"still starting" in cli(*words, status=125).stderr
+        flag.unlink()
+        assert ended(first)[:2] == (0, b"done\n")
+    finally:
+        cli("stop", "young", status=None)
+
+
 def test_a_rollback_that_fails_leaves_the_session_as_it_was(snapped: Guest) -> None:
     before = snapped.info
     snapped.sh("echo precious > precious.txt")

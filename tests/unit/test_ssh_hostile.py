@@ -138,6 +138,10 @@ class Server(paramiko.ServerInterface):
         self.users: list[str] = []
         self.commands: list[bytes] = []
         self.channels: list[Any] = []
+        self.opened = 0
+        self.answer = paramiko.OPEN_SUCCEEDED
+        self.answers = threading.Event()  # cleared: none comes
+        self.answers.set()
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         self.users.append(username)
@@ -148,7 +152,9 @@ class Server(paramiko.ServerInterface):
         return "publickey,password,keyboard-interactive"
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
-        return paramiko.OPEN_SUCCEEDED
+        self.answers.wait(10)
+        self.opened += 1
+        return self.answer
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         self.commands.append(command)
@@ -248,6 +254,31 @@ def test_a_flood_of_output_ends_at_the_limit(guest: Guest) -> None:
     with pytest.raises(GuestError, match="wrote more than"):
         shell.run(["x"], limit=1 << 20, timeout=20)
     shell.close()
+
+
+def test_a_server_is_heard_out_before_it_is_left(guest: Guest) -> None:
+    shell = guest.connect()
+    shell.leave()
+    assert guest.server.opened == 1 and not shell.is_open
+
+
+def test_a_server_that_was_asked_once_is_not_asked_again(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest.server, "answer", paramiko.OPEN_FAILED_RESOURCE_SHORTAGE)
+    shell = guest.connect()
+    with pytest.raises(GuestError, match="did not start the command"):
+        shell.start(["x"])
+    shell.leave()
+    assert guest.server.opened == 1 and not shell.is_open
+
+
+def test_a_server_that_never_answers_is_left_all_the_same(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmsandbox.guest.ssh._LEAVE_SECONDS", 0.5)
+    shell = guest.connect()
+    guest.server.answers.clear()
+    began = time.monotonic()
+    shell.leave()
+    assert not shell.is_open and time.monotonic() - began < 5
+    guest.server.answers.set()
 
 
 def test_a_command_that_never_ends_is_left(guest: Guest) -> None:

@@ -136,7 +136,11 @@ def keep_start(sandbox: RunningSandbox) -> None:
         take_snapshot(sandbox, START)
     except (VmsandboxError, OSError) as error:
         if not sandbox.folder.guest_is_alive(sandbox.info):
-            raise GuestError("the guest ended while its start was kept", details=str(error)) from error
+            raise GuestError(
+                "the guest ended while its start was kept",
+                details=str(error),
+                resolution=f"try again; `vmsandbox logs {sandbox.info.id}` shows how far it came",
+            ) from error
         # Also one that was frozen to be looked at meanwhile.
         sandbox.monitor.warning(f"its start was not kept, so it cannot be rolled back to it: {error}")
 

@@ -1,1 +1,1 @@
-"""What a running guest is given and kept at: its identity, its clock, its health, its limits."""
+"""What a running guest is given and kept at: its identity, its clock, its memory, its health."""

@@ -14,8 +14,8 @@ from vmsandbox.guest.control import ControlPort
 from vmsandbox.journal import events
 from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.session.state.info import SessionInfo
-from vmsandbox.session.state.looking import looking
 from vmsandbox.session.upkeep.identity import go_on_as
+from vmsandbox.session.upkeep.looking import looking
 
 _FILE = "clock"
 _TOLERANCE = 1.0  # seconds; what NTP corrects in small steps goes on unseen until it is that much

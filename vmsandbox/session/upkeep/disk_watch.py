@@ -17,8 +17,8 @@ from vmsandbox.hypervisor.connection import Host
 from vmsandbox.journal import events
 from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.session.state.info import SessionInfo
-from vmsandbox.session.state.looking import looking
 from vmsandbox.session.upkeep.clock import set_clock
+from vmsandbox.session.upkeep.looking import looking
 
 NO_ROOM = 64 << 20  # bytes; QEMU's files grow by clusters
 ENOUGH_ROOM = 192 << 20
