@@ -17,7 +17,9 @@ import time
 from vmsandbox_files import write
 from vmsandbox_policy import set_shell
 
-HOME, BOOT_ID = "/home/claude-worker", "/run/vmsandbox/boot_id"
+HOME, RUN = "/home/claude-worker", "/run/vmsandbox"
+# What is a session's own: the name of its file below RUN, and what that is mounted over.
+OWN = {"hostname": "/etc/hostname", "machine_id": "/etc/machine-id", "boot_id": "/proc/sys/kernel/random/boot_id"}
 # name below HOME: its mode, and whether what is in it goes
 FOLDERS = {"projects": (0o700, True), ".claude": (0o500, False)}
 SLICE = "/sys/fs/cgroup/vmsandbox.slice/vmsandbox-worker.slice"
@@ -47,10 +49,12 @@ def forget(gate, shell):
     for path, was in _before.items():
         put_back(path, was)
     _before.clear()
-    if os.path.exists(BOOT_ID):
-        if ctypes.CDLL(None, use_errno=True).umount2(b"/proc/sys/kernel/random/boot_id", MNT_DETACH):
-            raise OSError(ctypes.get_errno(), "umount of boot_id")
-        os.unlink(BOOT_ID)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name, path in OWN.items():
+        if os.path.exists(RUN + "/" + name):
+            if libc.umount2(path.encode(), MNT_DETACH):
+                raise OSError(ctypes.get_errno(), "umount of " + path)
+            os.unlink(RUN + "/" + name)
     with open("/etc/hostname") as file:
         socket.sethostname(file.read().strip())
     # The ports' units come back by themselves, and wait for an identity.

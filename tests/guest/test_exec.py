@@ -9,13 +9,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from harness import Cli, Guest, ended, wait_for
+from rooted import RootedGuest
 
 from vmsandbox.guest.control import connect_ssh
 from vmsandbox.guest.ssh import GuestShell
+from vmsandbox.hypervisor.connection import Host
 from vmsandbox.spec import WORKER
 
 
@@ -158,3 +161,37 @@ def test_exec_without_a_command_and_of_an_unknown_session(cli: Cli) -> None:
     assert b"there is no session named" in cli("exec", "nobody", "--", "true", status=125).stderr
     assert b"not a session name" in cli("exec", "../../etc", "--", "true", status=125).stderr
     assert b"which command" in cli("exec", "nobody", status=125).stderr
+
+
+@pytest.fixture(scope="module")
+def rooted(make_rooted: Callable[[], RootedGuest]) -> RootedGuest:
+    return make_rooted()
+
+
+def test_a_port_serves_one_connection_after_the_other(rooted: RootedGuest) -> None:
+    """systemd comes in only where a server was killed: to start a unit anew costs an emulated guest a second."""
+    for _ in range(3):
+        # Nor does what runs it in the background leave it deaf to Ctrl-C.
+        assert int(rooted.exec("grep", "SigIgn", "/proc/self/status").stdout.split()[1], 16) == 0
+    ports = [f"vmsandbox-ssh@{number}" for number in range(rooted.info.ssh_ports)]
+    assert rooted.root(f"systemctl show -P NRestarts {' '.join(ports)}").split() == ["0"] * len(ports)
+
+    script = (
+        "for unit; do main=$(systemctl show -P MainPID $unit); kill -9 $(cat /proc/$main/task/$main/children); done"
+    )
+    rooted.root(f"set -- {' '.join(ports[1:])}; {script}")  # the first port is what this is said through
+    holding = [rooted.cli.start("exec", rooted.name, "--", "sleep", "120") for _ in ports[1:]]
+    try:
+        wait_for(lambda: [event["kind"] for event in rooted.journal()].count("command.started") == 3 + len(holding), 90)
+    finally:
+        for process in holding:
+            process.kill()
+            process.communicate()
+
+
+def test_a_fork_is_ready_before_it_has_read_its_disk(fork: Callable[..., Guest]) -> None:
+    """All that its first connection needs is in the template's memory."""
+    guest = fork("--empty")
+    with closing(Host.open()) as host:
+        devices = host.qmp(guest.info.uuid, "query-blockstats")
+    assert [device["stats"]["rd_operations"] for device in devices] == [0]

@@ -35,7 +35,6 @@ from vmsandbox.session.records.record import Record
 from vmsandbox.session.records.unfinished import make_whole
 from vmsandbox.session.resources.admitting import room_for
 from vmsandbox.session.resources.baseline import keep_baseline
-from vmsandbox.session.rewind.origin import adopt, standing_on
 from vmsandbox.session.state.folder import SessionFolder
 from vmsandbox.session.state.guestlock import guest_locked
 from vmsandbox.session.transfer.enforced import enforced
@@ -96,7 +95,11 @@ class Sandbox(RunningSandbox):
         try:
             with room_for(asked, where, host, listener) as reserved_as, ExitStack() as origin:
                 usual = prepare(asked, where, host, runner, listener)
-                prepared = origin.enter_context(standing_on(asked.origin, usual, where, runner))
+                prepared = usual
+                if asked.origin is not None:
+                    from vmsandbox.session.rewind.origin import standing_on
+
+                    prepared = origin.enter_context(standing_on(asked.origin, usual, where, runner))
                 folder, info = claim(asked, prepared, where, reserved_as)
                 after_start = origin.pop_all()
             sandbox = cls(where, folder, info, listener)
@@ -108,6 +111,8 @@ class Sandbox(RunningSandbox):
                     start_guest(sandbox, host, asked, prepared, runner)
                 sandbox.project_is_open = asked.origin is None  # as its template was frozen
                 if asked.origin is not None:
+                    from vmsandbox.session.rewind.origin import adopt
+
                     adopt(sandbox, asked.origin, prepared)
                     with enforced(sandbox, asked.policy, asked.project, sandbox.info.guest_folder):
                         pass

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def standing_on(origin: Origin | None, prepared: Prepared, layout: Layout, programs: Programs) -> Iterator[Prepared]:
+def standing_on(origin: Origin, prepared: Prepared, layout: Layout, programs: Programs) -> Iterator[Prepared]:
     """`prepared` with the origin's snapshot in the template's place; nobody removes the snapshot meanwhile.
 
     Raises:
@@ -36,9 +36,6 @@ def standing_on(origin: Origin | None, prepared: Prepared, layout: Layout, progr
         RefusedError: it was taken under another policy, image or size.
         ImageError: it was changed.
     """
-    if origin is None:
-        yield prepared
-        return
     folder = SessionFolder(layout, origin.name)
     folder.info()  # there is one
     if folder.is_between_guests:
